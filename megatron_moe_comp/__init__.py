@@ -1,0 +1,1 @@
+"""Mixture-of-Experts training on Megatron with a compressed expert all-to-all."""

@@ -1,0 +1,5 @@
+"""Build entry; everything declarative is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
