@@ -1,0 +1,86 @@
+"""Our command-line flags, generated from CompressionConfig, and what is read back from Megatron.
+
+Together with the entry scripts this is the only module that sees Megatron's global arguments.
+"""
+
+import typing
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from functools import reduce
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import arguments as megatron_arguments
+from megatron.training import get_args
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.config import CompressionConfig
+
+
+class _FlagFactory(ArgumentGroupFactory):
+    """Megatron's flags-from-dataclass factory, leaving the check of choices to the dataclass."""
+
+    def _extract_type(self, config_type: Any) -> dict[str, Any]:  # noqa: ANN401
+        origin, parameters = typing.get_origin(config_type), typing.get_args(config_type)
+        if origin is typing.Literal:
+            return {"type": str, "metavar": "{" + ",".join(parameters) + "}"}
+        if origin is tuple:
+            return {"type": str, "nargs": "*", "metavar": "NAME"}
+        return super()._extract_type(config_type)
+
+
+def add_compression_args(parser: ArgumentParser) -> ArgumentParser:
+    """Returns `parser` with one flag per CompressionConfig field (an `extra_args_provider`)."""
+    _FlagFactory(CompressionConfig).build_group(parser, title="compressed expert all-to-all")
+    return parser
+
+
+def compression_config_from_args(args: Namespace) -> CompressionConfig:
+    """Returns the CompressionConfig that the flags ask for, checked against the model's options.
+
+    Raises:
+        ValueError: an option has an unusable value, or one that compression cannot work with.
+    """
+    values = {f.name: getattr(args, f.name) for f in fields(CompressionConfig)}
+    values["moe_a2a_wires"] = tuple(values["moe_a2a_wires"])
+    if values["moe_a2a_seed"] is None:
+        values["moe_a2a_seed"] = args.seed
+    config = CompressionConfig(**values)
+    if config.enabled and args.num_experts is None:
+        raise ValueError(
+            f"--moe-a2a-compress={config.moe_a2a_compress}: there is no expert all-to-all in a "
+            "model without experts. Set --num-experts, or use --moe-a2a-compress=none."
+        )
+    config.check_model(args)
+    return config
+
+
+def parse_and_validate_args(
+    *extra_args_providers: Callable[[ArgumentParser], ArgumentParser],
+) -> tuple[Namespace, CompressionConfig]:
+    """Parses Megatron's flags and ours, and sets Megatron's global arguments.
+
+    Our checks come before Megatron's: its assertions do not name the remedy.
+
+    Args:
+        extra_args_providers: applied to the parser after our own flags.
+
+    Raises:
+        ValueError: see `compression_config_from_args`.
+    """
+
+    def provider(parser: ArgumentParser) -> ArgumentParser:
+        return reduce(lambda p, add: add(p), extra_args_providers, add_compression_args(parser))
+
+    compression_config_from_args(megatron_arguments.parse_args(provider))
+    args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
+    return args, compression_config_from_args(args)
+
+
+def current_step() -> TrainingStep:
+    """Returns where training is now, as Megatron's globals tell."""
+    return TrainingStep(
+        iteration=getattr(get_args(), "curr_iteration", 0), num_microbatches=get_num_microbatches()
+    )

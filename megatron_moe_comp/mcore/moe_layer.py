@@ -1,0 +1,66 @@
+"""CompressedMoELayer: Megatron's MoE layer with the dispatcher replaced and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+from megatron_moe_comp.comm_stats import CommStats
+from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.mcore.token_dispatcher import (
+    CompressedAlltoAllTokenDispatcher,
+    CountedAlltoAllTokenDispatcher,
+)
+
+
+class CompressedMoELayer(MoELayer):
+    """MoE layer whose all-to-all dispatcher is compressed, or with none: counted.
+
+    Args:
+        compression: the options; checked against the model's configuration.
+        step: returns the current training step.
+        args: of MoELayer.
+        kwargs: of MoELayer.
+
+    Raises:
+        ValueError: an option of the model cannot work with compression.
+    """
+
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401
+        compression: CompressionConfig,
+        step: Callable[[], TrainingStep],
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        compression.check_model(self.config)
+        self.compression = compression
+        if self.config.moe_token_dispatcher_type != "alltoall":
+            return  # uncompressed by another dispatcher of Megatron's
+        dispatcher_args = (self.num_local_experts, self.local_expert_indices, self.config)
+        groups = kwargs.get("pg_collection") or get_default_pg_collection()
+        if compression.enabled:
+            self.token_dispatcher = CompressedAlltoAllTokenDispatcher(
+                *dispatcher_args, groups, compression=compression, step=step
+            )
+        else:
+            self.token_dispatcher = CountedAlltoAllTokenDispatcher(*dispatcher_args, groups)
+            if self.shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
+
+    @property
+    def stats(self) -> CommStats | None:
+        """The counters of this layer's all-to-alls; None with another dispatcher of Megatron's."""
+        return getattr(self.token_dispatcher, "stats", None)
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sends rows to the ranks of their experts; see MoELayer.dispatch."""
+        if isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher):
+            self.token_dispatcher.start_pass(self.layer_number, training=self.training)
+        return super().dispatch(hidden_states, probs)

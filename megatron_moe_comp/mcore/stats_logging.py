@@ -1,0 +1,186 @@
+"""What the user sees of CommStats: a line per log interval, TensorBoard, W&B, table and JSON."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_0
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import is_rank0
+from rich.console import Console
+from rich.table import Table
+
+from megatron_moe_comp import ops
+from megatron_moe_comp.comm.all_to_all import sum_over_ranks
+from megatron_moe_comp.comm_stats import NUM_COLUMNS, summarize
+from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
+
+MEGABYTE = 1e6
+
+
+class StatsLogger:
+    """Reports the statistics of all MoE layers of all ranks.
+
+    Args:
+        compression: the options in use.
+        step: returns the current training step.
+        log_interval: iterations from line to line.
+    """
+
+    def __init__(
+        self, compression: CompressionConfig, step: Callable[[], TrainingStep], log_interval: int
+    ) -> None:
+        self._compression = compression
+        self._step = step
+        self._log_interval = log_interval
+        self._layers: list[CompressedMoELayer] = []
+        self._num_layers = 0
+        self._logged = torch.zeros(0)
+        self._logged_iteration: int | None = None
+        self._sqnr_db: dict[str, float] = {}
+
+    def attach(self, model_config: GPTModelConfig) -> None:
+        """Hooks into the building of the model and the end of every backward pass.
+
+        Raises:
+            ValueError: rank 0 cannot write the JSON file.
+        """
+        if is_rank0():
+            kernels = "compiled" if ops.is_compiled("cpu") else "reference (PyTorch)"
+            print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
+            self._check_json_path()
+        self._num_layers = model_config.transformer.num_layers
+        self._logged = torch.zeros(len(WIRES), NUM_COLUMNS, dtype=torch.float64)
+        model_config.post_wrap_hooks.append(self._collect_layers)
+        model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
+
+    def _check_json_path(self) -> None:
+        path = self._compression.moe_a2a_stats_json
+        if path is None:
+            return
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with Path(path).open("a"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"--moe-a2a-stats-json={path}: rank 0 must be able to write this file, but "
+                f"{error.strerror}. Name a file in a directory that you may write to."
+            ) from error
+
+    def _collect_layers(self, models: list[MegatronModule]) -> list[MegatronModule]:
+        modules = (module for model in models for module in model.modules())
+        self._layers = [m for m in modules if isinstance(m, CompressedMoELayer) and m.stats]
+        return models
+
+    def _finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Megatron's own, then the line of the interval.
+
+        Every rank comes here once per iteration with no pipeline message pending, so summing over
+        ranks cannot deadlock.
+        """
+        finalize_model_grads(*args, **kwargs)
+        iteration = self._step().iteration + 1
+        if self._logged_iteration is None:
+            self._logged_iteration = iteration - 1
+        if iteration % self._log_interval == 0 and iteration > self._logged_iteration:
+            self._log_interval_line(iteration)
+
+    def _totals(self) -> torch.Tensor:
+        """Returns the counters of all layers, summed over ranks: [layers, wires, columns]."""
+        totals = torch.zeros(self._num_layers, len(WIRES), NUM_COLUMNS, dtype=torch.float64)
+        for layer in self._layers:
+            totals[layer.layer_number - 1] += layer.stats.totals()
+        return sum_over_ranks(totals)
+
+    def _log_interval_line(self, iteration: int) -> None:
+        totals = self._totals().sum(dim=0)
+        report = summarize((totals - self._logged)[None], [0], self._compression)
+        iterations = iteration - self._logged_iteration
+        self._logged, self._logged_iteration = totals, iteration
+        if report["ratio_fp32"] is None:
+            return
+        raw, sent = (
+            sum(wire[key] for wire in report["wires"].values()) / iterations
+            for key in ("raw_bytes", "wire_bytes")
+        )
+        # An interval without a sample repeats the last measurement.
+        self._sqnr_db |= {w: r["sqnr_db"] for w, r in report["wires"].items() if r["sqnr_db"]}
+        sqnr = "".join(f" {wire} {value:.1f}" for wire, value in self._sqnr_db.items())
+        print_rank_0(
+            f" all-to-all {describe(self._compression)} | iteration {iteration:8d} | "
+            f"MB per iteration: {sent / MEGABYTE:.3f} of {raw / MEGABYTE:.3f} as float32 "
+            f"({report['ratio_fp32']:.2f}x) |" + (f" SQNR (dB):{sqnr} |" if sqnr else "")
+        )
+        scalars = {"wire-MB": sent / MEGABYTE, "ratio-fp32": report["ratio_fp32"]}
+        scalars |= {f"sqnr-db-{wire}": value for wire, value in self._sqnr_db.items()}
+        _write_scalars({f"moe-a2a/{name}": value for name, value in scalars.items()}, iteration)
+
+    def finish(self) -> None:
+        """Prints the summary and writes the JSON file; every rank must call it, after training."""
+        totals = self._totals()
+        moe_layers = [i for i in range(self._num_layers) if totals[i].any()]
+        numbers = [i + 1 for i in moe_layers]
+        report = summarize(totals[moe_layers], numbers, self._compression)
+        if is_rank0():
+            _print_summary(report, self._compression)
+            if self._compression.moe_a2a_stats_json:
+                text = json.dumps(report, indent=2) + "\n"
+                Path(self._compression.moe_a2a_stats_json).write_text(text)
+
+
+def describe(compression: CompressionConfig) -> str:
+    """Returns the method and its bits in a few words."""
+    if not compression.enabled:
+        return "none"
+    return f"{compression.moe_a2a_compress} {compression.moe_a2a_bits} bit"
+
+
+def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    if writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb_writer:
+        wandb_writer.log(scalars, iteration)
+
+
+def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> None:
+    if report["ratio_fp32"] is None:
+        print("Expert all-to-all: nothing crossed a wire in training.", flush=True)
+        return
+    table = Table(title=f"Expert all-to-all, {describe(compression)}, training, all ranks")
+    table.add_column("wire / layer")
+    for column in ("as float32 (MB)", "sent (MB)", "ratio", "SQNR (dB)"):
+        table.add_column(column, justify="right")
+    rows = list(report["wires"].items())
+    rows += [(f"layer {layer['layer']}", _sum_wires(layer["wires"])) for layer in report["layers"]]
+    rows.append(("all", _sum_wires(report["wires"])))
+    for name, wire in rows:
+        raw, sent, sqnr = wire["raw_bytes"], wire["wire_bytes"], wire["sqnr_db"]
+        table.add_row(
+            name,
+            f"{raw / MEGABYTE:.2f}",
+            f"{sent / MEGABYTE:.2f}",
+            f"{raw / sent:.2f}x" if sent else "",
+            f"{sqnr:.1f}" if sqnr is not None else "",
+            end_section=name in (WIRES[-1], f"layer {report['layers'][-1]['layer']}"),
+        )
+    Console(width=100).print(table)
+    print(
+        f"Total compression {report['ratio_fp32']:.2f}x against float32, "
+        f"{report['ratio_bf16']:.2f}x against bfloat16, over all four wires, scales and "
+        "probabilities included.",
+        flush=True,
+    )
+
+
+def _sum_wires(wires: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    total = {key: sum(w[key] for w in wires.values()) for key in ("raw_bytes", "wire_bytes")}
+    return total | {"sqnr_db": None}
