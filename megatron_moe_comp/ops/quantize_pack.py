@@ -85,13 +85,14 @@ def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
     num_rows, num_values = codes.shape
     if num_bits == 8:
         return codes.clone()
-    groups = torch.nn.functional.pad(codes, (0, -num_values % 8)).view(num_rows, -1, 8)
+    num_groups = -(-num_values // 8)
+    groups = torch.nn.functional.pad(codes, (0, -num_values % 8)).view(num_rows, num_groups, 8)
     stream = groups[..., 0].to(torch.int64)
     for i in range(1, 8):
         stream |= groups[..., i].to(torch.int64) << i * num_bits
     shifts = torch.arange(0, 8 * num_bits, 8, device=codes.device)
     octets = (stream[..., None] >> shifts & 0xFF).to(torch.uint8)
-    return octets.view(num_rows, -1)[:, : packed_bytes(num_values, num_bits)].contiguous()
+    return octets.flatten(1)[:, : packed_bytes(num_values, num_bits)].contiguous()
 
 
 def _reference(

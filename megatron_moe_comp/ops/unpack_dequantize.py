@@ -24,15 +24,15 @@ def unpack(packed: torch.Tensor, num_bits: int, num_values: int) -> torch.Tensor
     """
     if num_bits == 8:
         return packed.clone()
-    num_rows = packed.shape[0]
-    octets = torch.nn.functional.pad(packed, (0, -packed.shape[1] % num_bits))
-    octets = octets.view(num_rows, -1, num_bits)
+    num_rows, num_groups = packed.shape[0], -(-num_values // 8)
+    octets = torch.nn.functional.pad(packed, (0, num_groups * num_bits - packed.shape[1]))
+    octets = octets.view(num_rows, num_groups, num_bits)
     stream = octets[..., 0].to(torch.int64)
     for i in range(1, num_bits):
         stream |= octets[..., i].to(torch.int64) << 8 * i
     shifts = torch.arange(0, 8 * num_bits, num_bits, device=packed.device)
     codes = (stream[..., None] >> shifts & (1 << num_bits) - 1).to(torch.uint8)
-    return codes.view(num_rows, -1)[:, :num_values]
+    return codes.flatten(1)[:, :num_values]
 
 
 def _reference(

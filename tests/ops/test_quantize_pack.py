@@ -1,0 +1,136 @@
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moe_comp import ops
+from megatron_moe_comp.ops.quantize_pack import levels, pack, packed_bytes, quantize
+from megatron_moe_comp.ops.unpack_dequantize import unpack
+
+BITS = range(2, 9)
+RANDOM = {"key": 1, "offset": 2, "stream": 3}
+
+
+def roundtrip(rows, num_bits, scales=None, dtype=torch.float32, **random):
+    scales = rows.abs().amax(1).float() if scales is None else scales
+    random = RANDOM | random
+    packed = ops.quantize_pack(rows, scales, num_bits, *random.values())
+    return ops.unpack_dequantize(packed, scales, num_bits, rows.shape[1], dtype)
+
+
+def test_pack_example_of_the_docstring():
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
+    assert pack(codes, 3).numpy().tobytes().hex() == "d1581f"
+
+
+def test_quantize_example_of_the_docstring():
+    rows = torch.tensor([[0.0, 0.5, -1.0]]).repeat(4000, 1)
+    q = quantize(rows, torch.ones(4000), 3, 0, **RANDOM).int() - levels(3)
+    assert (q[:, 0] == 0).all()
+    assert (q[:, 2] == -3).all()
+    assert set(q[:, 1].tolist()) == {1, 2}
+    assert abs((q[:, 1] == 1).double().mean() - 0.5) < 4.5 * 0.5 / 4000**0.5
+
+
+@given(
+    num_bits=st.integers(1, 8),
+    num_rows=st.integers(0, 5),
+    num_values=st.integers(1, 67),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=300, deadline=None)
+def test_unpack_inverts_pack(num_bits, num_rows, num_values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << num_bits, (num_rows, num_values), generator=generator)
+    codes = codes.to(torch.uint8)
+    packed = pack(codes, num_bits)
+    assert packed.shape == (num_rows, math.ceil(num_values * num_bits / 8))
+    assert torch.equal(unpack(packed, num_bits, num_values), codes)
+    # The layout is a plain little-endian bit stream, whatever the width.
+    for row, octets in zip(codes.tolist(), packed, strict=True):
+        stream = int.from_bytes(octets.numpy().tobytes(), "little")
+        assert stream == sum(code << i * num_bits for i, code in enumerate(row))
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+def test_unbiased(num_bits):
+    """z-test of the mean of many draws against x, for every value of a row with an outlier."""
+    draws = 20000
+    x = torch.cat((torch.linspace(-1, 1, 29), torch.tensor([3.0, 0.0, 1e-3])))
+    decoded = roundtrip(x.expand(draws, -1), num_bits).double()
+    step = 3.0 / levels(num_bits)
+    u = x.double().abs() / step
+    fraction = u - u.floor()
+    deviation = step * (fraction * (1 - fraction)).sqrt()
+    error = (decoded.mean(0) - x).abs()
+    # 16 random bits and float32 resolve a level to about 2^-16.
+    assert (error <= 4.5 * deviation / draws**0.5 + step * 2**-15).all()
+    assert (decoded.std(0) <= step / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+def test_error_is_below_one_level_and_signs_are_symmetric(num_bits):
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    decoded = roundtrip(x, num_bits)
+    step = x.abs().amax(1, keepdim=True) / levels(num_bits)
+    assert ((decoded - x).abs() <= step * 1.0001).all()
+    assert torch.equal(roundtrip(-x, num_bits), -decoded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_bits", BITS)
+def test_zero_constant_and_tiny_rows(num_bits, dtype):
+    rows = torch.tensor([[0.0], [-0.0], [2.0], [-0.5]]).repeat(1, 24).to(dtype)
+    assert torch.equal(roundtrip(rows, num_bits, dtype=dtype), rows.abs() * rows.sign())
+    tiny = torch.tensor([[1e-38], [1e-31], [1e-45]]).repeat(1, 8)
+    assert (roundtrip(tiny, num_bits) == 0).all()
+    small = torch.full((1, 8), 2.0**-100)
+    assert torch.equal(roundtrip(small, num_bits), small)
+    huge = torch.full((1, 8), 3e38)
+    assert torch.allclose(roundtrip(huge, num_bits), huge)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_bad_scale_never_gives_finite_garbage(scale):
+    rows = torch.tensor([[1.0, math.nan, math.inf, -math.inf, 0.0, 5.0, -5.0, 2.0]])
+    decoded = roundtrip(rows, 4, scales=torch.tensor([scale]))
+    assert not decoded.isfinite().any()
+
+
+def test_the_random_numbers_follow_the_row_not_the_block(monkeypatch):
+    rows = torch.randn(40, 16)
+    whole = roundtrip(rows, 3)
+    for function in (quantize, unpack):  # the ops' functions hide their modules' names
+        monkeypatch.setattr(sys.modules[function.__module__], "_BLOCK_VALUES", 48)
+    assert torch.equal(roundtrip(rows, 3), whole)
+
+
+@pytest.mark.parametrize("name", ["key", "offset", "stream"])
+def test_same_seed_same_bytes_and_no_other(name):
+    rows = torch.randn(32, 64)
+    once = roundtrip(rows, 2)
+    assert torch.equal(roundtrip(rows, 2), once)
+    assert not torch.equal(roundtrip(rows, 2, **{name: 99}), once)
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+def test_opcheck(num_bits):
+    rows = torch.randn(5, 24)
+    scales = rows.abs().amax(1)
+    torch.library.opcheck(
+        torch.ops.megatron_moe_comp.quantize_pack, (rows, scales, num_bits, 1, 2, 3)
+    )
+    packed = ops.quantize_pack(rows, scales, num_bits, 1, 2, 3)
+    assert packed.shape == (5, packed_bytes(24, num_bits))
+    torch.library.opcheck(
+        torch.ops.megatron_moe_comp.unpack_dequantize,
+        (packed, scales, num_bits, 24, torch.bfloat16),
+    )
+
+
+def test_empty():
+    rows = torch.empty(0, 16)
+    assert roundtrip(rows, 5, scales=torch.empty(0)).shape == (0, 16)

@@ -1,0 +1,111 @@
+"""The import table of CONTRIBUTING.md, enforced."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "megatron_moe_comp"
+MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
+
+LEVELS = {
+    "config": 0,
+    "comm_stats": 0,
+    "ops": 0,
+    "compression.payload": 0,
+    "compression.random_stream": 0,
+    "compression.codec": 1,
+    "compression.codecs": 1,
+    "comm": 2,
+    "mcore.token_dispatcher": 3,
+    "mcore.moe_layer": 4,
+    "mcore.layer_specs": 5,
+    "mcore.arguments": 5,
+    "mcore.stats_logging": 5,
+}
+FREE_STANDING = ("data", "mcore.cpu_compat", "mcore.cpu_replacements", "mcore.wheel_replacements")
+"""Used by the entry scripts and tests alone; they import nothing of ours but each other."""
+
+ARGUMENTS_IMPORT_ONLY = ("config", "compression.random_stream")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inner(name):
+    return name.removeprefix(PACKAGE).removeprefix(".")
+
+
+def level(name):
+    """Level of a module of ours; None for other packages."""
+    if name != PACKAGE and not name.startswith(PACKAGE + "."):
+        return None
+    parts = inner(name).split(".")
+    for depth in range(len(parts), 0, -1):
+        found = LEVELS.get(".".join(parts[:depth]))
+        if found is not None:
+            return found
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    name = name_of(path)
+    short = inner(name)
+    if not name.startswith(PACKAGE) or short == "":
+        return
+    if short.startswith(FREE_STANDING):
+        group = short.split(".")[0]
+        assert all(inner(i).startswith(group) for i in imports(path) if i.startswith(PACKAGE + "."))
+        return
+    own = level(name)
+    if own is None:
+        assert path.name == "__init__.py", f"{name} is in no level of the table"
+        assert not list(imports(path)), f"{name}: a package's __init__ imports nothing"
+        return
+    for imported in imports(path):
+        other = level(imported)
+        assert other is None or other <= own, f"{name} (level {own}) imports {imported} ({other})"
+        if short == "mcore.arguments" and imported.startswith(PACKAGE + "."):
+            assert inner(imported).startswith(ARGUMENTS_IMPORT_ONLY), imported
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_megatron_and_distributed_stay_in_their_place(path):
+    short = inner(name_of(path))
+    entry = not name_of(path).startswith(PACKAGE)
+    for imported in imports(path):
+        if imported.split(".")[0] == "megatron" and not short.startswith("mcore") and not entry:
+            assert short.startswith("data"), f"{short} imports {imported}"
+            assert imported.startswith("megatron.core."), f"{short} imports {imported}"
+        if imported.startswith("torch.distributed"):
+            assert short.startswith(("comm.", "mcore.cpu_", "mcore.wheel_")), short
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_bans(path):
+    short, text = inner(name_of(path)), path.read_text()
+    entry = not name_of(path).startswith(PACKAGE)
+    if not entry and short != "mcore.arguments":
+        assert (
+            "get_args("
+            not in text.replace("typing.get_args(", "").replace(
+                "from typing import Any, Literal, get_args", ""
+            )
+            or short == "config"
+        ), f"{short} reads Megatron's global arguments"
+    if not entry and not short.startswith(("mcore.cpu_", "mcore.wheel_")):
+        assert ".cuda()" not in text
+        assert "torch.cuda.current_device" not in text
