@@ -29,7 +29,7 @@ def model(**changes):
     ],
 )
 def test_a_bad_value_is_refused_with_option_requirement_and_remedy(changes, parts):
-    with pytest.raises(ValueError, match="Use |Choose ") as caught:
+    with pytest.raises(ValueError, match=r"Use |Choose ") as caught:
         CompressionConfig(**changes)
     assert all(part in str(caught.value) for part in parts)
 

@@ -1,0 +1,96 @@
+"""A pool of processes joined by gloo, started once per session, that run functions of tests.
+
+    results = pool.run(function, argument)     # function(rank, argument) on every rank
+
+Functions live in test modules and return picklable values; an exception on one rank fails the test
+with that rank's traceback.
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 120
+
+
+class GlooPool:
+    """`size` worker processes with a default gloo group; `setup` runs first on each."""
+
+    def __init__(self, size: int, setup: Callable[[int], None] | None = None) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, port, theirs, setup), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._collect()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Returns function(rank, *args) of every rank, in their order."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return self._collect()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _collect(self) -> list[Any]:
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer in {TIMEOUT_S} s: {failures}")
+            failed, result = pipe.recv()
+            (failures if failed else results).append(
+                f"rank {rank}:\n{result}" if failed else result
+            )
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any, setup: Callable[[int], None] | None) -> None:
+    torch.set_num_threads(1)
+    # Fills what torch.empty returns with NaN or the largest integer: a byte never written shows.
+    torch.use_deterministic_algorithms(True)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    function: Callable[..., Any] = _start
+    args: tuple[Any, ...] = (setup,)
+    while True:
+        try:
+            pipe.send((False, function(rank, *args)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+
+
+def _start(rank: int, setup: Callable[[int], None] | None) -> None:
+    dist.init_process_group("gloo")
+    if setup:
+        setup(rank)
