@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Trains a small GPT-MoE with a compressed expert all-to-all on this machine, from nothing: installs,
+# prepares data (the sources of Python's standard library) and trains on 2 ranks, or 1 per GPU.
+#   bash scripts/run_local.sh [any pretrain_gpt_moe.py arguments]
+#   bash scripts/run_local.sh --moe-a2a-compress=none --train-iters 50
+# RANKS=4 sets the number of ranks; results go to runs/local.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+data=data/stdlib
+.venv/bin/python -m megatron_moe_comp.data.prepare --output-prefix $data
+
+experts=8
+gpus=0
+if command -v nvidia-smi > /dev/null; then
+    gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+fi
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+expert_parallel=$ranks
+while ((experts % expert_parallel || ranks % expert_parallel)); do ((expert_parallel--)); done
+
+# One thread per rank's share of the cores; more only make them wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((gpus > 0 || $(nproc) <= ranks ? 1 : $(nproc) / ranks))}
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+
+model=(
+    --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4
+    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear
+    --attention-dropout 0 --hidden-dropout 0
+    --num-experts $experts --moe-router-topk 2 --moe-token-dispatcher-type alltoall
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+    --expert-model-parallel-size "$expert_parallel"
+)
+training=(
+    --micro-batch-size 8 --global-batch-size $((8 * ranks)) --train-iters 1000
+    --lr 2e-3 --min-lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05
+    --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
+    --log-interval 50 --eval-interval 250 --eval-iters 20
+)
+inputs=(
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model ${data}_tokenizer.model
+    --train-data-path ${data}_train --valid-data-path ${data}_valid
+    --test-data-path ${data}_test --data-cache-path data/cache --num-workers 1
+)
+compression=(--moe-a2a-compress=birdmoe --moe-a2a-bits=6 --moe-a2a-stats-json runs/local/a2a.json)
+if ((gpus > 0)); then model+=(--bf16); fi
+
+exec .venv/bin/torchrun --standalone --nproc-per-node "$ranks" pretrain_gpt_moe.py \
+    "${model[@]}" "${training[@]}" "${inputs[@]}" "${compression[@]}" "$@"

@@ -1,0 +1,26 @@
+"""Megatron's GPT pretraining without anything of ours but CPU host mode: the baseline of tests.
+
+Data, batches and loss are pretrain_gpt_moe.py's; layer spec, dispatcher and flags are stock.
+"""
+
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_moe_comp.mcore import cpu_compat
+from pretrain_gpt_moe import datasets_provider, forward_step
+
+if __name__ == "__main__":
+    cpu_compat.enable()
+    args = parse_and_validate_args(extra_args_provider=cpu_compat.add_settings)
+    datasets_provider.is_distributed = True
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )

@@ -1,0 +1,116 @@
+"""Whole training runs: equal to stock Megatron, to themselves, and in every parallel layout."""
+
+import json
+import math
+
+import pytest
+
+from tests.end_to_end.runs import STOCK, train
+
+BIRDMOE = "--moe-a2a-compress=birdmoe"
+LAYOUTS = {
+    "EP2": (2, ""),
+    "EP2 DP2 distributed optimizer bf16": (4, "--use-distributed-optimizer --bf16"),
+}
+
+
+def directory(base, name):
+    path = base / name
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(("ranks", "options"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_none_equals_stock_megatron_step_by_step(tmp_path, ranks, options):
+    stock = train(directory(tmp_path, "stock"), options, script=STOCK, ranks=ranks)
+    ours = train(directory(tmp_path, "none"), f"{options} --moe-a2a-compress=none", ranks=ranks)
+    assert ours.history() == stock.history()
+    assert len(ours.history()["lm loss"]) == 6
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """An uninterrupted birdmoe run with dropout that saved at iterations 3 and 6."""
+    base = tmp_path_factory.mktemp("plain")
+    options = f"{BIRDMOE} --use-distributed-optimizer --save {base}/checkpoints --save-interval 3"
+    return base, train(base, f"{options} --moe-a2a-stats-json {base}/a2a.json")
+
+
+def test_resuming_repeats_the_uninterrupted_run(plain, tmp_path):
+    base, whole = plain
+    options = f"{BIRDMOE} --use-distributed-optimizer --load {base}/checkpoints --ckpt-step 3"
+    resumed = train(tmp_path, options).history()
+    for tag, values in whole.history().items():
+        assert resumed[tag] == {step: values[step] for step in (4, 5, 6)}, tag
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "--recompute-granularity selective --recompute-modules moe",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ],
+    ids=["selective", "full"],
+)
+def test_recomputation_changes_nothing(plain, tmp_path, recompute):
+    # Dropout is on; its masks, too, are replayed.
+    run = train(tmp_path, f"{BIRDMOE} --use-distributed-optimizer {recompute}")
+    assert run.history() == plain[1].history()
+
+
+def test_statistics_of_a_run(plain):
+    base, run = plain
+    report = json.loads((base / "a2a.json").read_text())
+    assert report["method"] == "birdmoe"
+    assert report["bits"] == 6
+    assert report["ratio_bf16"] == report["ratio_fp32"] / 2
+    assert list(report["wires"]) == ["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
+    assert [layer["layer"] for layer in report["layers"]] == [1, 2]
+    for wire, total in report["wires"].items():
+        layers = [layer["wires"][wire] for layer in report["layers"]]
+        assert total["raw_bytes"] == sum(layer["raw_bytes"] for layer in layers)
+        assert total["wire_bytes"] == sum(layer["wire_bytes"] for layer in layers)
+        assert total["sqnr_db"] > 20
+    # The same tokens take the four wires; probabilities travel with two of them.
+    raw = {wire: total["raw_bytes"] for wire, total in report["wires"].items()}
+    assert raw["dispatch_fwd"] == raw["dispatch_bwd"]
+    assert raw["combine_fwd"] == raw["combine_bwd"]
+    assert raw["dispatch_fwd"] * 64 == raw["combine_fwd"] * 65
+    assert run.output.count("all-to-all birdmoe 6 bit | iteration") == 6
+    assert "Total compression" in run.output
+    scalars = run.scalars
+    assert len(scalars["moe-a2a/ratio-fp32"]) == 6
+    sent = sum(total["wire_bytes"] for total in report["wires"].values())
+    assert math.isclose(sum(scalars["moe-a2a/wire-MB"].values()) * 1e6, sent, rel_tol=1e-5)
+
+
+TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PARALLEL = {
+    "TP2 SP": (2, f"{TP2_SP} --expert-tensor-parallel-size 1"),
+    "TP2 ETP2 SP": (4, f"{TP2_SP} --expert-tensor-parallel-size 2"),
+    "PP2": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
+}
+
+
+@pytest.mark.parametrize(("ranks", "options"), PARALLEL.values(), ids=PARALLEL.keys())
+def test_parallel_layouts_train_near_none(tmp_path, ranks, options):
+    none = train(directory(tmp_path, "none"), options, ranks=ranks).history()
+    ours = train(directory(tmp_path, "ours"), f"{options} {BIRDMOE}", ranks=ranks).history()
+    assert ours["lm loss"] != none["lm loss"]
+    for step, loss in none["lm loss"].items():
+        assert ours["lm loss"][step] == pytest.approx(loss, rel=0.01)
+        assert ours["grad-norm"][step] == pytest.approx(none["grad-norm"][step], rel=0.1)
+
+
+def test_a_bad_value_ends_every_rank(tmp_path):
+    run = train(tmp_path, f"{BIRDMOE} --moe-a2a-bits=9")
+    assert run.returncode != 0
+    assert run.output.count("ValueError: --moe-a2a-bits=9: ") >= 2
+    assert "training ..." not in run.output
+
+
+def test_an_orderly_stop_still_reports(tmp_path):
+    run = train(tmp_path, f"{BIRDMOE} --exit-interval 2")
+    assert run.returncode == 0
+    assert len(run.history()["lm loss"]) == 2
+    assert "Total compression" in run.output

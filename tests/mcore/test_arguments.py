@@ -1,0 +1,88 @@
+import sys
+from dataclasses import fields
+
+import pytest
+from megatron.training.arguments import parse_args
+
+from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.mcore.arguments import add_compression_args, compression_config_from_args
+
+MODEL = "--hidden-size 64 --num-experts 4 --moe-token-dispatcher-type alltoall"
+
+
+def parse(monkeypatch, options):
+    monkeypatch.setattr(sys, "argv", ["train", *f"{MODEL} {options}".split()])
+    return parse_args(add_compression_args)
+
+
+def config(monkeypatch, options):
+    return compression_config_from_args(parse(monkeypatch, options))
+
+
+def test_defaults(monkeypatch):
+    assert config(monkeypatch, "--seed 5") == CompressionConfig(moe_a2a_seed=5)
+
+
+def test_flags_reach_the_config(monkeypatch):
+    options = (
+        "--moe-a2a-compress=birdmoe --moe-a2a-bits=3 --moe-a2a-scale-per=chunk --moe-a2a-seed=9 "
+        "--moe-a2a-wires dispatch_fwd combine_bwd --moe-a2a-stats-json=x.json"
+    )
+    assert config(monkeypatch, options) == CompressionConfig(
+        moe_a2a_compress="birdmoe",
+        moe_a2a_bits=3,
+        moe_a2a_scale_per="chunk",
+        moe_a2a_seed=9,
+        moe_a2a_wires=("dispatch_fwd", "combine_bwd"),
+        moe_a2a_stats_json="x.json",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "wires"),
+    [
+        ("", WIRES),
+        ("--moe-a2a-wires", ()),
+        ("--moe-a2a-wires=dispatch_bwd,dispatch_fwd", ("dispatch_fwd", "dispatch_bwd")),
+    ],
+)
+def test_wires(monkeypatch, options, wires):
+    assert config(monkeypatch, options).moe_a2a_wires == wires
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--moe-a2a-compress=zip", "--moe-a2a-compress=zip: not one of none, birdmoe"),
+        ("--moe-a2a-compress=birdmoe --moe-a2a-bits=1", "--moe-a2a-bits=1: "),
+        ("--moe-a2a-compress=birdmoe --hidden-size=100", "--hidden-size=100: .*multiple of 8"),
+        ("--moe-a2a-compress=birdmoe --moe-token-dispatcher-type=flex", "dispatcher-type=flex: "),
+        ("--moe-a2a-compress=birdmoe --moe-shared-expert-overlap", "shared-expert-overlap: "),
+        ("--moe-a2a-compress=birdmoe --cuda-graph-impl=local", "--cuda-graph-impl=local: "),
+        ("--moe-a2a-compress=birdmoe --mtp-num-layers=1", "--mtp-num-layers=1: "),
+        ("--moe-a2a-compress=birdmoe --overlap-moe-expert-parallel-comm", "parallel-comm: "),
+        ("--moe-a2a-wires=up", "--moe-a2a-wires=up: not one of dispatch_fwd"),
+    ],
+)
+def test_refusals(monkeypatch, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(monkeypatch, options)
+
+
+def test_a_dense_model_is_refused(monkeypatch):
+    args = parse(monkeypatch, "--moe-a2a-compress=birdmoe")
+    args.num_experts = None
+    with pytest.raises(ValueError, match="--num-experts"):
+        compression_config_from_args(args)
+
+
+def test_every_field_has_one_flag_with_help():
+    from argparse import ArgumentParser
+
+    parser = add_compression_args(ArgumentParser(prog="train"))
+    actions = {a.dest: a for a in parser._actions if a.dest != "help"}
+    assert set(actions) == {f.name for f in fields(CompressionConfig)}
+    for name, action in actions.items():
+        assert action.option_strings == ["--" + name.replace("_", "-")]
+        assert len(action.help) > 30
+    assert "{none,birdmoe}" in parser.format_help()
