@@ -91,8 +91,8 @@ class CompressionConfig:
             return
         method = f"--moe-a2a-compress={self.moe_a2a_compress}"
         for rule in _MODEL_RULES:
-            value = getattr(options, rule.option, rule.required)
-            if value != rule.required:
+            value = getattr(options, rule.option, rule.allowed[0])
+            if value not in rule.allowed:
                 flag = _flag(rule.option) if value is True else f"{_flag(rule.option)}={value}"
                 raise ValueError(f"{flag}: {method} {rule.why}. {rule.remedy}.")
         latent = getattr(options, "moe_latent_size", None)
@@ -109,10 +109,10 @@ class CompressionConfig:
 
 @dataclass(frozen=True)
 class _ModelRule:
-    """One Megatron option that must have its required value for compression to work."""
+    """One Megatron option that must have one of the allowed values for compression to work."""
 
     option: str
-    required: Any
+    allowed: tuple[Any, ...]
     why: str
     remedy: str
 
@@ -120,55 +120,49 @@ class _ModelRule:
 _MODEL_RULES = (
     _ModelRule(
         "moe_token_dispatcher_type",
-        "alltoall",
+        ("alltoall",),
         "compresses the alltoall dispatcher's messages and no other's",
         "Use --moe-token-dispatcher-type=alltoall",
     ),
     _ModelRule(
         "moe_shared_expert_overlap",
-        False,
+        (False,),
         "replaces the communicating steps that shared experts would be interleaved with",
         "Drop the option; shared experts then run beside the routed ones",
     ),
     _ModelRule(
         "cuda_graph_impl",
-        "none",
+        ("none",),
         "sizes its messages on the host in every step, which a CUDA graph cannot capture",
         "Use --cuda-graph-impl=none",
     ),
     _ModelRule(
-        "enable_cuda_graph",
-        False,
-        "sizes its messages on the host in every step, which a CUDA graph cannot capture",
-        "Drop the option",
-    ),
-    _ModelRule(
-        "external_cuda_graph",
-        False,
-        "sizes its messages on the host in every step, which a CUDA graph cannot capture",
-        "Drop the option",
-    ),
-    _ModelRule(
         "overlap_moe_expert_parallel_comm",
-        False,
+        (False,),
         "does not take part in the 1F1B schedule that splits a layer at its all-to-alls",
         "Drop the option",
     ),
     _ModelRule(
         "overlap_dispatch_backward_with_experts_wgrad",
-        False,
+        (False,),
         "runs the backward dispatch itself and cannot be overlapped by Megatron's schedule",
         "Drop the option",
     ),
     _ModelRule(
+        "transformer_impl",
+        ("transformer_engine", "local"),
+        "compresses training's dispatcher, which the inference stack replaces",
+        "Use --transformer-impl=transformer_engine or local",
+    ),
+    _ModelRule(
         "mtp_num_layers",
-        None,
+        (None,),
         "does not reach the layers of multi-token prediction, whose spec Megatron makes itself",
         "Drop the option",
     ),
     _ModelRule(
         "moe_expert_rank_capacity_factor",
-        None,
+        (None,),
         "needs the row counts that a rank capacity of the fused dispatchers hides",
         "Drop the option, or bound the load with --moe-expert-capacity-factor",
     ),

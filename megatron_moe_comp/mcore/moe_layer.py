@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
@@ -39,8 +40,9 @@ class CompressedMoELayer(MoELayer):
         super().__init__(*args, **kwargs)
         compression.check_model(self.config)
         self.compression = compression
-        if self.config.moe_token_dispatcher_type != "alltoall":
-            return  # uncompressed by another dispatcher of Megatron's
+        is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
+        if not is_alltoall or self.config.cuda_graph_impl != "none":
+            return  # none, with a dispatcher or a capture that counting could disturb
         dispatcher_args = (self.num_local_experts, self.local_expert_indices, self.config)
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
         if compression.enabled:
@@ -54,7 +56,7 @@ class CompressedMoELayer(MoELayer):
 
     @property
     def stats(self) -> CommStats | None:
-        """The counters of this layer's all-to-alls; None with another dispatcher of Megatron's."""
+        """The counters of this layer's all-to-alls; None where they are not counted."""
         return getattr(self.token_dispatcher, "stats", None)
 
     def dispatch(

@@ -1,0 +1,52 @@
+"""README tells what the code does: every flag, its default, and every command's file."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe_comp import ops
+from megatron_moe_comp.config import CompressionConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_flag_has_a_row_and_no_row_is_stale():
+    rows = re.findall(r"^\| `(--moe-a2a-[a-z0-9-]+)` \|", README, flags=re.MULTILINE)
+    assert rows == ["--" + f.name.replace("_", "-") for f in fields(CompressionConfig)]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_named_files_exist(document):
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"\b(?:scripts|tests)/[\w/.]+\.(?:sh|py)\b", text):
+        if "NAME" not in path:
+            assert (ROOT / path).exists(), path
+    for path in re.findall(r"\b(?:mcore|comm|compression|data|ops)/[\w/]+\.py\b", text):
+        if "NAME" not in path:
+            assert (ROOT / "megatron_moe_comp" / path).exists(), path
+
+
+def table_row(name):
+    cells = re.search(rf"^\| {name}[^|]*\|(.*)\|$", README, flags=re.MULTILINE)[1]
+    return [float(cell.strip(" x")) for cell in cells.split("|")]
+
+
+def test_ratios_and_errors_of_the_table():
+    bits = [int(b) for b in table_row("bits ")]
+    assert bits == list(range(2, 9))
+    rows = torch.randn(2048, 256, generator=torch.Generator().manual_seed(0))
+    scales = rows.abs().amax(1)
+    for b, ratio, sqnr in zip(
+        bits, table_row("ratio to float32"), table_row("SQNR of normal rows"), strict=True
+    ):
+        code_bytes = ops.packed_bytes(256, b)
+        sent = 2 * (code_bytes + 8) + 2 * (code_bytes + 4)
+        assert ratio == round((2 * (1024 + 4) + 2 * 1024) / sent, 1)
+        packed = ops.quantize_pack(rows, scales, b, 1, 2, 3)
+        error = rows - ops.unpack_dequantize(packed, scales, b, 256, torch.float32)
+        measured = 10 * torch.log10(rows.square().sum() / error.square().sum())
+        assert abs(sqnr - measured) < 0.15
