@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh
 data=data/stdlib
-.venv/bin/python -m megatron_moe_comp.data.prepare --output-prefix $data
+.venv/bin/python -m megatron_moe_comp.data.prepare --vocab-size 1024 --output-prefix "$data"
 
 experts=8
 gpus=0
@@ -26,27 +26,33 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 
 model=(
-    --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4
+    --num-layers 2 --hidden-size 256 --ffn-hidden-size 128 --num-attention-heads 4
     --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear
     --attention-dropout 0 --hidden-dropout 0
-    --num-experts $experts --moe-router-topk 2 --moe-token-dispatcher-type alltoall
+    --num-experts "$experts" --moe-router-topk 2 --moe-token-dispatcher-type alltoall
     --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
     --expert-model-parallel-size "$expert_parallel"
 )
 training=(
-    --micro-batch-size 8 --global-batch-size $((8 * ranks)) --train-iters 1000
-    --lr 2e-3 --min-lr 2e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05
+    --micro-batch-size 4 --global-batch-size $((4 * ranks)) --train-iters 1500
+    --lr 3e-3 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
-    --log-interval 50 --eval-interval 250 --eval-iters 20
+    --log-interval 100 --eval-interval 500 --eval-iters 100
 )
 inputs=(
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model ${data}_tokenizer.model
-    --train-data-path ${data}_train --valid-data-path ${data}_valid
-    --test-data-path ${data}_test --data-cache-path data/cache --num-workers 1
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "${data}_tokenizer.model"
+    --train-data-path "${data}_train" --valid-data-path "${data}_valid"
+    --test-data-path "${data}_test" --data-cache-path data/cache --num-workers 1
 )
 compression=(--moe-a2a-compress=birdmoe --moe-a2a-bits=6 --moe-a2a-stats-json runs/local/a2a.json)
-if ((gpus > 0)); then model+=(--bf16); fi
+if ((gpus > 0)); then
+    model+=(--bf16)
+    if ! .venv/bin/python -c 'import transformer_engine' 2> /dev/null; then
+        model+=(--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion
+            --no-gradient-accumulation-fusion --no-rope-fusion)
+    fi
+fi
 
 exec .venv/bin/torchrun --standalone --nproc-per-node "$ranks" pretrain_gpt_moe.py \
     "${model[@]}" "${training[@]}" "${inputs[@]}" "${compression[@]}" "$@"

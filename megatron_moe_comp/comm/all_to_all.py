@@ -96,8 +96,6 @@ def compressed_all_to_all(
         messages: encoding of the forward and of the backward wire.
         stats: counts both.
     """
-    if probs is None:
-        return _CompressedAllToAll.apply(rows, None, route, messages, stats)[0], None
     return _CompressedAllToAll.apply(rows, probs, route, messages, stats)
 
 

@@ -51,6 +51,7 @@ def train(directory, options="", *, script=ENTRY, ranks=2):
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
+        "WANDB_MODE": "offline",
     }
     done = subprocess.run(
         command,

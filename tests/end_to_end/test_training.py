@@ -33,6 +33,7 @@ def plain(tmp_path_factory):
     """An uninterrupted birdmoe run with dropout that saved at iterations 3 and 6."""
     base = tmp_path_factory.mktemp("plain")
     options = f"{BIRDMOE} --use-distributed-optimizer --save {base}/checkpoints --save-interval 3"
+    options += f" --wandb-project test --wandb-exp-name test --wandb-save-dir {base}"
     return base, train(base, f"{options} --moe-a2a-stats-json {base}/a2a.json")
 
 
@@ -80,6 +81,8 @@ def test_statistics_of_a_run(plain):
     assert "Total compression" in run.output
     scalars = run.scalars
     assert len(scalars["moe-a2a/ratio-fp32"]) == 6
+    (wandb_log,) = base.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_log.read_bytes().count(b"moe-a2a/ratio-fp32") >= 6
     sent = sum(total["wire_bytes"] for total in report["wires"].values())
     assert math.isclose(sum(scalars["moe-a2a/wire-MB"].values()) * 1e6, sent, rel_tol=1e-5)
 

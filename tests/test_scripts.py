@@ -1,0 +1,88 @@
+"""The shell scripts: what a person with a bare machine meets first."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("bash", "cat", "sha256sum", "dirname", "flock", "env")
+
+
+def run(command, timeout=300, **kwargs):
+    return subprocess.run(
+        command,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The repository's setup files, without .venv, and a PATH without Python."""
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in TOOLS:
+        (tools / tool).symlink_to(shutil.which(tool))
+    return tmp_path
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "run_local.sh", "test.sh"])
+def test_without_python_the_message_says_what_to_install(copy, script):
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy)}
+    done = run(["bash", str(copy / "scripts" / script)], env=environment)
+    assert done.returncode != 0
+    for remedy in ("apt-get install python3.12", "pyenv install", "uv python install", "PYTHON="):
+        assert remedy in done.stdout
+    assert not (copy / ".venv").exists()
+
+
+def test_a_wrong_python_is_named(copy):
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy), "PYTHON": "/bin/false"}
+    done = run(["bash", str(copy / "scripts/setup.sh")], env=environment)
+    assert done.returncode != 0
+    assert "PYTHON=/bin/false is not a Python 3.12" in done.stdout
+
+
+def test_python_is_found_in_pyenv_and_through_a_shim_that_fails(copy):
+    """A pyenv shim named python3.12 exists but fails where another version is selected."""
+    shim = copy / "bin/python3.12"
+    shim.write_text("#!/bin/bash\nexit 127\n")
+    shim.chmod(0o755)
+    version = copy / ".pyenv/versions/3.12.9/bin"
+    version.mkdir(parents=True)
+    fake = version / "python3.12"
+    fake.write_text('#!/bin/bash\n[[ $1 == -c ]] && exit 0\necho "$0 $*"; exit 3\n')
+    fake.chmod(0o755)
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy)}
+    done = run(["bash", str(copy / "scripts/setup.sh")], env=environment)
+    assert f"{fake} -m venv" in done.stdout
+    assert done.returncode == 3
+    assert not (copy / ".venv/.installed").exists()
+
+
+def test_run_local_trains_and_reports():
+    if not (ROOT / ".venv/.installed").exists():
+        pytest.skip("needs the .venv that scripts/setup.sh makes")
+    options = ["--train-iters", "30", "--log-interval", "10", "--eval-iters", "1"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = run(["bash", str(ROOT / "scripts/run_local.sh"), *options], env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    losses = [float(x) for x in re.findall(r"\| lm loss: (\S+) \|", done.stdout)]
+    assert losses[-1] < losses[0] - 0.3
+    assert "CPU host mode" in done.stdout
+    assert "lm loss PPL" in done.stdout
+    report = json.loads((ROOT / "runs/local/a2a.json").read_text())
+    assert report["ratio_fp32"] >= 5.1
+    assert f"Total compression {report['ratio_fp32']:.2f}x" in done.stdout
