@@ -69,6 +69,8 @@ def main() -> None:
         extra_args.append(cpu_compat.add_settings)
         if is_rank0():
             print(message, flush=True)
+    else:
+        cpu_compat.repair_wheel()
     args, compression = arguments.parse_and_validate_args(*extra_args)
     check_data_options(args)
 
