@@ -117,7 +117,8 @@ CPU_PATCHES = (
     Patch(
         "torch.cuda.manual_seed",
         cpu.with_cpu_seed,
-        "SILENT: queued likewise; all tensor and expert parallel ranks draw from one stream",
+        "SILENT: queued likewise; all streams of the RNG tracker are one, so expert parallel ranks "
+        "start from the same weights",
     ),
     Patch(
         "megatron.core.tensor_parallel.random._get_cuda_rng_state",
@@ -127,8 +128,8 @@ CPU_PATCHES = (
     Patch(
         "megatron.core.tensor_parallel.random._set_cuda_rng_state",
         cpu.with_cpu_generator_set,
-        "SILENT: queued likewise; a fork of the RNG tracker changes no stream, and recomputation "
-        "draws another dropout mask",
+        "SILENT: queued likewise; the RNG tracker stays in its last stream, so the copies of dense "
+        "weights on expert parallel ranks start out different",
     ),
     Patch(
         "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",

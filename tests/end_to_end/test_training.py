@@ -105,6 +105,15 @@ def test_parallel_layouts_train_near_none(tmp_path, ranks, options):
         assert ours["grad-norm"][step] == pytest.approx(none["grad-norm"][step], rel=0.1)
 
 
+def test_recomputation_repeats_micro_batches_in_flight_in_a_pipeline(tmp_path):
+    """The first stage runs several forwards before their backwards: a queue of passes."""
+    options = f"{BIRDMOE} --moe-a2a-bits=2 --pipeline-model-parallel-size 2"
+    recompute = "--recompute-granularity selective --recompute-modules moe"
+    without = train(directory(tmp_path, "without"), options, ranks=4)
+    ours = train(directory(tmp_path, "recomputed"), f"{options} {recompute}", ranks=4)
+    assert ours.history() == without.history()
+
+
 def test_a_bad_value_ends_every_rank(tmp_path):
     run = train(tmp_path, f"{BIRDMOE} --moe-a2a-bits=9")
     assert run.returncode != 0
