@@ -49,7 +49,7 @@ from megatron.training.utils import (  # noqa: E402
     is_rank0,
 )
 
-from megatron_moe_comp.mcore import arguments, cpu_compat  # noqa: E402
+from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings  # noqa: E402
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe  # noqa: E402
 from megatron_moe_comp.mcore.stats_logging import StatsLogger  # noqa: E402
 
@@ -66,7 +66,7 @@ def main() -> None:
     extra_args: list[Callable[[ArgumentParser], ArgumentParser]] = []
     if cpu_compat.is_needed():
         message = cpu_compat.enable()
-        extra_args.append(cpu_compat.add_settings)
+        extra_args.append(cpu_settings.add_settings)
         if is_rank0():
             print(message, flush=True)
     else:

@@ -24,7 +24,7 @@ LEVELS = {
     "mcore.arguments": 5,
     "mcore.stats_logging": 5,
 }
-FREE_STANDING = ("data", "mcore.cpu_compat", "mcore.cpu_replacements", "mcore.wheel_replacements")
+FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_replacements")
 """Used by the entry scripts and tests alone; they import nothing of ours but each other."""
 
 ARGUMENTS_IMPORT_ONLY = ("config", "compression.random_stream")

@@ -11,12 +11,12 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_moe_comp.mcore import cpu_compat
+from megatron_moe_comp.mcore import cpu_compat, cpu_settings
 from pretrain_gpt_moe import datasets_provider, forward_step
 
 if __name__ == "__main__":
     cpu_compat.enable()
-    args = parse_and_validate_args(extra_args_provider=cpu_compat.add_settings)
+    args = parse_and_validate_args(extra_args_provider=cpu_settings.add_settings)
     datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),

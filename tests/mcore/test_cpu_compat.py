@@ -9,8 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_moe_comp.mcore import cpu_compat, cpu_replacements, wheel_replacements
-from megatron_moe_comp.mcore.cpu_compat import CPU_PATCHES, REFUSALS, SETTINGS, WHEEL_PATCHES
+from megatron_moe_comp.mcore import (
+    cpu_compat,
+    cpu_replacements,
+    cpu_settings,
+    wheel_replacements,
+)
+from megatron_moe_comp.mcore.cpu_compat import CPU_PATCHES, WHEEL_PATCHES
+from megatron_moe_comp.mcore.cpu_settings import REFUSALS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 TARGETS = [patch.target for patch in CPU_PATCHES + WHEEL_PATCHES]
@@ -20,7 +26,7 @@ def parse(monkeypatch, options):
     from megatron.training.arguments import parse_args
 
     monkeypatch.setattr(sys, "argv", ["train", *options.split()])
-    return parse_args(cpu_compat.add_settings)
+    return parse_args(cpu_settings.add_settings)
 
 
 @pytest.fixture(scope="module")
