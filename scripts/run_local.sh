@@ -35,10 +35,10 @@ model=(
     --expert-model-parallel-size "$expert_parallel"
 )
 training=(
-    --micro-batch-size 4 --global-batch-size $((4 * ranks)) --train-iters 1200
-    --lr 3e-3 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05
+    --micro-batch-size 4 --global-batch-size $((4 * ranks)) --train-iters 1000
+    --lr 1e-3 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
-    --log-interval 100 --eval-interval 600 --eval-iters 160
+    --log-interval 100 --eval-interval 500 --eval-iters 160
 )
 inputs=(
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "${data}_tokenizer.model"
