@@ -52,7 +52,8 @@ class StatsLogger:
             ValueError: rank 0 cannot write the JSON file.
         """
         if is_rank0():
-            kernels = "compiled" if ops.is_compiled("cpu") else "reference (PyTorch)"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            kernels = "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
             print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
             self._check_json_path()
         self._num_layers = model_config.transformer.num_layers

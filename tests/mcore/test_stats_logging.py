@@ -1,0 +1,108 @@
+"""StatsLogger on one process, with layers that only have counters."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_moe_comp.comm_stats import CommStats
+from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.mcore import stats_logging
+from megatron_moe_comp.mcore.stats_logging import StatsLogger
+
+
+class Writer:
+    def __init__(self):
+        self.values = []
+
+    def add_scalar(self, name, value, iteration):
+        self.values.append((name, value, iteration))
+
+
+@pytest.fixture
+def logger(monkeypatch, tmp_path):
+    """A logger of two layers, its clock in `now`, and what it writes to TensorBoard."""
+    writer = Writer()
+    monkeypatch.setattr(stats_logging, "sum_over_ranks", lambda values: values)
+    monkeypatch.setattr(stats_logging, "is_rank0", lambda: True)
+    monkeypatch.setattr(stats_logging, "print_rank_0", print)
+    monkeypatch.setattr(stats_logging, "finalize_model_grads", lambda *args: None)
+    monkeypatch.setattr(stats_logging, "get_tensorboard_writer", lambda: writer)
+    monkeypatch.setattr(stats_logging, "get_wandb_writer", lambda: None)
+    config = CompressionConfig(
+        moe_a2a_compress="birdmoe", moe_a2a_stats_json=str(tmp_path / "new/a2a.json")
+    )
+    now = [0]
+    logger = StatsLogger(config, lambda: TrainingStep(now[0], 1), log_interval=2)
+    model = SimpleNamespace(
+        transformer=SimpleNamespace(num_layers=3, finalize_model_grads_func=None),
+        post_wrap_hooks=[],
+    )
+    logger.attach(model)
+    logger._layers = [SimpleNamespace(layer_number=n, stats=CommStats()) for n in (1, 3)]
+    return SimpleNamespace(
+        it=logger,
+        now=now,
+        written=writer.values,
+        end_step=model.transformer.finalize_model_grads_func,
+        json=tmp_path / "new/a2a.json",
+    )
+
+
+def train(logger, iterations, raw=4000, sent=1000):
+    for iteration in iterations:
+        logger.now[0] = iteration
+        for layer in logger.it._layers:
+            layer.stats.add_bytes("dispatch_fwd", raw, sent)
+        logger.end_step([])
+
+
+def test_a_line_per_interval_with_figures_per_iteration(logger, capsys):
+    train(logger, range(2))
+    train(logger, range(2, 5), raw=8000)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| iteration" in line]
+    assert len(lines) == 2
+    assert "iteration        2 | MB per iteration: 0.002 of 0.008 as float32 (4.00x) |" in lines[0]
+    assert "iteration        4 | MB per iteration: 0.002 of 0.016 as float32 (8.00x) |" in lines[1]
+    assert ("moe-a2a/ratio-fp32", 8.0, 4) in logger.written
+
+
+def test_after_a_resume_the_first_interval_counts_its_own_iterations(logger, capsys):
+    train(logger, range(7, 8))
+    assert "iteration        8 | MB per iteration: 0.002 of 0.008" in capsys.readouterr().out
+
+
+def test_an_iteration_that_runs_again_is_logged_once(logger, capsys):
+    train(logger, [0, 1, 1])
+    assert capsys.readouterr().out.count("| iteration") == 1
+
+
+def test_the_summary_and_its_json(logger, capsys):
+    train(logger, range(3))
+    logger.it.finish()
+    printed = capsys.readouterr().out
+    assert "Total compression 4.00x against float32, 2.00x against bfloat16" in printed
+    assert "layer 3" in printed
+    assert "layer 2" not in printed
+    report = json.loads(logger.json.read_text())
+    assert report["ratio_fp32"] == 4.0
+    assert [layer["layer"] for layer in report["layers"]] == [1, 3]
+
+
+def test_nothing_crossed_a_wire(logger, capsys):
+    train(logger, range(3), raw=0, sent=0)
+    logger.it.finish()
+    printed = capsys.readouterr().out
+    assert "| iteration" not in printed
+    assert "nothing crossed a wire" in printed
+    assert json.loads(logger.json.read_text())["ratio_fp32"] is None
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(stats_logging, "is_rank0", lambda: True)
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file/a2a.json"
+    logger = StatsLogger(CompressionConfig(moe_a2a_stats_json=str(path)), lambda: None, 1)
+    with pytest.raises(ValueError, match=r"--moe-a2a-stats-json=.*directory that you may write"):
+        logger.attach(SimpleNamespace())
