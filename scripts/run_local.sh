@@ -43,7 +43,7 @@ training=(
 inputs=(
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "${data}_tokenizer.model"
     --train-data-path "${data}_train" --valid-data-path "${data}_valid"
-    --test-data-path "${data}_test" --data-cache-path data/cache --num-workers 1
+    --test-data-path "${data}_test" --data-cache-path "${data}_cache" --num-workers 1
 )
 compression=(--moe-a2a-compress=birdmoe --moe-a2a-bits=6 --moe-a2a-stats-json runs/local/a2a.json)
 if ((gpus > 0)); then

@@ -87,6 +87,11 @@ class Outputs:
         return self._named(".partial")
 
     @property
+    def cache(self) -> Path:
+        """For --data-cache-path: Megatron's sample indices, which it never checks against data."""
+        return self._named("_cache")
+
+    @property
     def lock(self) -> Path:
         """The file a running preparation holds locked."""
         return self._named(".lock")
@@ -146,13 +151,17 @@ class Outputs:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def publish(self, built: "Outputs", manifest: Manifest) -> Manifest:
-        """Replace what the prefix holds by the files ``built``; the manifest with their sizes."""
+        """Replace what the prefix holds by the files ``built``; the manifest with their sizes.
+
+        The cache goes too: its indices would cut the new tokens at the old documents' places.
+        """
         files = sorted(built.prefix.parent.iterdir())
         manifest = dataclasses.replace(
             manifest, files={path.name: path.stat().st_size for path in files}
         )
         built.manifest.write_text(manifest.to_json(), encoding="utf-8")
         self.manifest.unlink(missing_ok=True)
+        shutil.rmtree(self.cache, ignore_errors=True)
         self.tokenizer.unlink(missing_ok=True)
         for split in SPLIT_NAMES:
             self.bin(split).unlink(missing_ok=True)

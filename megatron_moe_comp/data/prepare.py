@@ -132,6 +132,7 @@ def format_summary(prepared: Prepared) -> str:
         f"  --tokenizer-type SentencePieceTokenizer --tokenizer-model {outputs.tokenizer}",
         "  "
         + " ".join(f"--{name}-data-path {outputs.data_path(name)}" for name in manifest.splits),
+        f"  --data-cache-path {outputs.cache}",
     ]
     return "\n".join(lines)
 

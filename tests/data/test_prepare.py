@@ -102,6 +102,19 @@ def test_second_run_touches_nothing(code_directory, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("code_*")} == before
 
 
+def test_sample_indices_of_other_tokens_are_cleared(code_directory, tmp_path):
+    """Megatron would cut the new tokens at the old documents' places."""
+    prefix = tmp_path / "code"
+    prepared, _ = prepare_small(code_directory, prefix)
+    index = prepared.outputs.cache / "GPTDataset-train-sample_index.npy"
+    index.parent.mkdir()
+    index.write_bytes(b"")
+    prepare_small(code_directory, prefix)
+    assert index.exists()
+    prepare_small(code_directory, prefix, vocab_size=310)
+    assert not index.parent.exists()
+
+
 @pytest.mark.parametrize("change", ["options", "input", "file lost", "file cut", "no manifest"])
 def test_what_changed_is_rebuilt(code_directory, tmp_path, read_files, change):
     prefix = tmp_path / "code"
