@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm_stats import CommStats
-from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codec import Codec, RowFormat
 from megatron_moe_comp.compression.payload import PayloadLayout, Section, as_bytes, from_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import Wire
@@ -124,20 +124,19 @@ def _send(
     stats: CommStats,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes, exchanges and decodes the rows that leave the rank; keeps those that stay."""
-    hidden, codec = rows.shape[1], message.codec
+    codec, row_format = message.codec, RowFormat(rows.shape[1], rows.dtype, message.num_bits)
     sent_rows = _without_own(route.input_splits, route.rank)
     received_rows = _without_own(route.output_splits, route.rank)
-    sections = codec.sections(hidden, rows.dtype, message.num_bits)
+    sections = codec.sections(row_format)
     if probs is not None:
         sections += (Section("probs", row_bytes=probs.dtype.itemsize),)
     sending = PayloadLayout(sections, sent_rows)
     receiving = PayloadLayout(sections, received_rows)
 
     remote = _remote(rows, route)
-    parts = codec.encode(remote, sent_rows, message.num_bits, message.random)
+    parts = codec.encode(remote, sent_rows, row_format, message.random)
     if message.measure_error:
-        decoded = codec.decode(parts, sent_rows, message.num_bits, hidden, rows.dtype)
-        stats.add_error(message.wire, remote, decoded)
+        stats.add_error(message.wire, remote, codec.decode(parts, sent_rows, row_format))
     if probs is not None:
         parts += (as_bytes(_remote(probs, route)),)
     buffer = sending.pack(parts)
@@ -153,7 +152,7 @@ def _send(
     if probs is not None:
         arrived = from_bytes(received_parts.pop(), probs.dtype).view(-1)
         new_probs = _with_own(arrived, probs, route)
-    arrived = codec.decode(received_parts, received_rows, message.num_bits, hidden, rows.dtype)
+    arrived = codec.decode(received_parts, received_rows, row_format)
     return _with_own(arrived, rows, route), new_probs
 
 

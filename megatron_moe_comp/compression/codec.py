@@ -2,12 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from megatron_moe_comp.compression.payload import Section
 from megatron_moe_comp.compression.random_stream import RandomStream
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What both ends know of the rows of a message: their width, their dtype, and the bits."""
+
+    hidden_size: int
+    dtype: torch.dtype
+    num_bits: int
+    """Bits per value on the wire; a codec of fixed width does not use it."""
 
 
 class Codec(ABC):
@@ -20,12 +31,16 @@ class Codec(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
+    def sections(self, row_format: RowFormat) -> tuple[Section, ...]:
         """Returns the sections that `encode` fills, in order."""
 
     @abstractmethod
     def encode(
-        self, rows: torch.Tensor, segment_rows: Sequence[int], num_bits: int, random: RandomStream
+        self,
+        rows: torch.Tensor,
+        segment_rows: Sequence[int],
+        row_format: RowFormat,
+        random: RandomStream,
     ) -> tuple[torch.Tensor, ...]:
         """Returns one uint8 tensor per section: [N, row_bytes] or [segments, segment_bytes].
 
@@ -34,17 +49,12 @@ class Codec(ABC):
         Args:
             rows: [N, H], any floating-point dtype, contiguous.
             segment_rows: rows of each segment; their sum is N.
-            num_bits: bits per value.
+            row_format: of `rows`.
             random: which random numbers to use.
         """
 
     @abstractmethod
     def decode(
-        self,
-        parts: Sequence[torch.Tensor],
-        segment_rows: Sequence[int],
-        num_bits: int,
-        hidden_size: int,
-        dtype: torch.dtype,
+        self, parts: Sequence[torch.Tensor], segment_rows: Sequence[int], row_format: RowFormat
     ) -> torch.Tensor:
-        """Returns the rows, [N, hidden_size] of `dtype`, of the tensors that `encode` returned."""
+        """Returns the rows, [N, H] in their own dtype, of the tensors that `encode` returned."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron_moe_comp.comm import all_to_all
 from megatron_moe_comp.comm.all_to_all import Message, Route, compressed_all_to_all
 from megatron_moe_comp.comm_stats import NOISE, RAW, SIGNAL, WIRE, CommStats
+from megatron_moe_comp.compression.codec import RowFormat
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.random_stream import RandomStream
@@ -67,8 +68,8 @@ def expected(values, route, codec, num_bits, random):
     remote = torch.cat((values[: own.start], values[own.stop :]))
     splits = list(route.input_splits)
     splits[route.rank] = 0
-    parts = codec.encode(remote, splits, num_bits, random)
-    decoded = codec.decode(parts, splits, num_bits, HIDDEN, values.dtype)
+    row_format = RowFormat(HIDDEN, values.dtype, num_bits)
+    decoded = codec.decode(codec.encode(remote, splits, row_format, random), splits, row_format)
     return plain_all_to_all(
         torch.cat((decoded[: own.start], values[own], decoded[own.start :])), route
     )

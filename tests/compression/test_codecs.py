@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_moe_comp.compression.codec import RowFormat
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
@@ -28,10 +29,11 @@ def codec(request):
 
 def roundtrip(codec, rows, segment_rows=SEGMENT_ROWS, num_bits=6, random=RANDOM):
     """Through the payload too, as on the wire."""
-    parts = codec.encode(rows, segment_rows, num_bits, random)
-    layout = PayloadLayout(codec.sections(rows.shape[1], rows.dtype, num_bits), segment_rows)
+    row_format = RowFormat(rows.shape[1], rows.dtype, num_bits)
+    parts = codec.encode(rows, segment_rows, row_format, random)
+    layout = PayloadLayout(codec.sections(row_format), segment_rows)
     parts = layout.unpack(layout.pack(parts))
-    return codec.decode(parts, segment_rows, num_bits, rows.shape[1], rows.dtype)
+    return codec.decode(parts, segment_rows, row_format)
 
 
 def normal_rows(dtype=torch.float32, hidden=256):
@@ -50,8 +52,9 @@ def test_every_codec_is_tested():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shape_dtype_and_sections(codec, dtype):
     rows = normal_rows(dtype)
-    sections = codec.sections(256, dtype, 6)
-    parts = codec.encode(rows, SEGMENT_ROWS, 6, RANDOM)
+    row_format = RowFormat(256, dtype, 6)
+    sections = codec.sections(row_format)
+    parts = codec.encode(rows, SEGMENT_ROWS, row_format, RANDOM)
     for section, part in zip(sections, parts, strict=True):
         per_row = (16, section.row_bytes)
         assert part.shape == (per_row if section.row_bytes else (3, section.segment_bytes))
@@ -93,9 +96,10 @@ def test_an_outlier_spoils_only_its_row_or_chunk():
 @pytest.mark.parametrize("num_bits", FLOORS)
 def test_bytes_per_row(num_bits):
     for hidden in (8, 256, 1000):
-        row = sum(s.row_bytes for s in VARIANTS["rq-row"].sections(hidden, torch.float32, num_bits))
+        row_format = RowFormat(hidden, torch.bfloat16, num_bits)
+        row = sum(s.row_bytes for s in VARIANTS["rq-row"].sections(row_format))
         assert row == hidden * num_bits // 8 + 4
-        sections = VARIANTS["rq-chunk"].sections(hidden, torch.bfloat16, num_bits)
+        sections = VARIANTS["rq-chunk"].sections(row_format)
         assert sum(s.row_bytes for s in sections) == hidden * num_bits // 8
         assert sum(s.segment_bytes for s in sections) == 4
 
@@ -128,16 +132,17 @@ def test_empty(codec):
 
 def test_same_seed_same_bytes(codec):
     rows = normal_rows()
-    first = codec.encode(rows, SEGMENT_ROWS, 4, RANDOM)
-    second = codec.encode(rows.clone(), SEGMENT_ROWS, 4, RANDOM)
+    row_format = RowFormat(256, torch.float32, 4)
+    first = codec.encode(rows, SEGMENT_ROWS, row_format, RANDOM)
+    second = codec.encode(rows.clone(), SEGMENT_ROWS, row_format, RANDOM)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     if codec.name != "identity":
-        other = codec.encode(rows, SEGMENT_ROWS, 4, RandomStream(key=9, offset=2, stream=3))
+        other = codec.encode(rows, SEGMENT_ROWS, row_format, RandomStream(9, 2, 3))
         assert not torch.equal(first[0], other[0])
 
 
 def test_bytes_of_zeros_have_one_sign():
     rows = torch.stack((torch.zeros(16), -torch.zeros(16)))
-    codes, scales = VARIANTS["rq-row"].encode(rows, (2,), 6, RANDOM)
+    codes, scales = VARIANTS["rq-row"].encode(rows, (2,), RowFormat(16, rows.dtype, 6), RANDOM)
     assert torch.equal(codes[0], codes[1])
     assert not scales.any()

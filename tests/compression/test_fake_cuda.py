@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_moe_comp.compression.codec import RowFormat
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.payload import PayloadLayout
@@ -20,11 +21,12 @@ ROWS = (5, 0, 11)
 def test_codec_and_payload_stay_on_the_device(codec):
     with FakeTensorMode():
         rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
-        layout = PayloadLayout(codec.sections(64, rows.dtype, 6), ROWS)
-        buffer = layout.pack(codec.encode(rows, ROWS, 6, RandomStream(1, 2, 3)))
+        row_format = RowFormat(64, rows.dtype, 6)
+        layout = PayloadLayout(codec.sections(row_format), ROWS)
+        buffer = layout.pack(codec.encode(rows, ROWS, row_format, RandomStream(1, 2, 3)))
         assert buffer.device.type == "cuda"
         assert buffer.shape == (sum(layout.byte_splits()),)
-        decoded = codec.decode(layout.unpack(buffer), ROWS, 6, 64, rows.dtype)
+        decoded = codec.decode(layout.unpack(buffer), ROWS, row_format)
         assert (decoded.device, decoded.dtype, decoded.shape) == (
             rows.device,
             rows.dtype,

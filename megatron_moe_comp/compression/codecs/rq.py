@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codec import Codec, RowFormat
 from megatron_moe_comp.compression.payload import Section, as_bytes, from_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import ScalePer
@@ -27,15 +27,20 @@ class RandomQuantization(Codec):
     scale_per: ScalePer = "row"
     name: ClassVar[str] = "rq"
 
-    def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
+    def sections(self, row_format: RowFormat) -> tuple[Section, ...]:
         """Returns the codes and the scales."""
-        codes = Section("codes", row_bytes=ops.packed_bytes(hidden_size, num_bits))
+        code_bytes = ops.packed_bytes(row_format.hidden_size, row_format.num_bits)
+        codes = Section("codes", row_bytes=code_bytes)
         if self.scale_per == "row":
             return codes, Section("scales", row_bytes=4)
         return codes, Section("scales", segment_bytes=4)
 
     def encode(
-        self, rows: torch.Tensor, segment_rows: Sequence[int], num_bits: int, random: RandomStream
+        self,
+        rows: torch.Tensor,
+        segment_rows: Sequence[int],
+        row_format: RowFormat,
+        random: RandomStream,
     ) -> tuple[torch.Tensor, ...]:
         """Returns codes, uint8 [N, ceil(H * b / 8)], and scales, uint8 [N or segments, 4]."""
         # aminmax keeps NaN; -min and max rather than abs() spare a copy of the rows.
@@ -50,7 +55,7 @@ class RandomQuantization(Codec):
         codes = ops.quantize_pack(
             rows,
             self._per_row(scales, segment_rows),
-            num_bits,
+            row_format.num_bits,
             random.key,
             random.offset,
             random.stream,
@@ -58,18 +63,18 @@ class RandomQuantization(Codec):
         return codes, as_bytes(scales)
 
     def decode(
-        self,
-        parts: Sequence[torch.Tensor],
-        segment_rows: Sequence[int],
-        num_bits: int,
-        hidden_size: int,
-        dtype: torch.dtype,
+        self, parts: Sequence[torch.Tensor], segment_rows: Sequence[int], row_format: RowFormat
     ) -> torch.Tensor:
         """Returns codes times steps."""
         codes, scale_bytes = parts
         scales = from_bytes(scale_bytes, torch.float32).view(-1)
-        row_scales = self._per_row(scales, segment_rows)
-        return ops.unpack_dequantize(codes, row_scales, num_bits, hidden_size, dtype)
+        return ops.unpack_dequantize(
+            codes,
+            self._per_row(scales, segment_rows),
+            row_format.num_bits,
+            row_format.hidden_size,
+            row_format.dtype,
+        )
 
     def _per_row(self, scales: torch.Tensor, segment_rows: Sequence[int]) -> torch.Tensor:
         if self.scale_per == "row":
