@@ -4,34 +4,35 @@ Megatron's GPT pretraining with two additions: the flags of CompressionConfig, a
 whose MoE layers compress their all-to-alls. Start it with torchrun; every Megatron flag works.
 """
 
+# ruff: noqa: E402 (Megatron reports how long the imports took)
 import time
 
 PROGRAM_START = time.time()
 
-from argparse import ArgumentParser, Namespace  # noqa: E402 (Megatron reports the import time)
-from collections.abc import Callable, Iterator  # noqa: E402
-from functools import partial  # noqa: E402
-from typing import Any  # noqa: E402
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-import torch  # noqa: E402
-from megatron.core import mpu  # noqa: E402
-from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import (
     BlendedMegatronDatasetBuilder,
 )
-from megatron.core.datasets.gpt_dataset import (  # noqa: E402
+from megatron.core.datasets.gpt_dataset import (
     GPTDataset,
     GPTDatasetConfig,
     MockGPTDataset,
 )
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.rerun_state_machine import get_rerun_state_machine  # noqa: E402
-from megatron.core.utils import (  # noqa: E402
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import (  # noqa: E402
+from megatron.training import (
     get_args,
     get_timers,
     get_tokenizer,
@@ -39,19 +40,19 @@ from megatron.training import (  # noqa: E402
     print_rank_0,
     set_startup_timestamps,
 )
-from megatron.training.argument_utils import (  # noqa: E402
+from megatron.training.argument_utils import (
     gpt_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.utils import (  # noqa: E402
+from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
     is_rank0,
 )
 
-from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings  # noqa: E402
-from megatron_moe_comp.mcore.layer_specs import use_compressed_moe  # noqa: E402
-from megatron_moe_comp.mcore.stats_logging import StatsLogger  # noqa: E402
+from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
+from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+from megatron_moe_comp.mcore.stats_logging import StatsLogger
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 SPIKY_LOSS_FACTOR = 10
