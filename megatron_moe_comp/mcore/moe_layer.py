@@ -39,7 +39,6 @@ class CompressedMoELayer(MoELayer):
     ) -> None:
         super().__init__(*args, **kwargs)
         compression.check_model(self.config)
-        self.compression = compression
         is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
         if not is_alltoall or self.config.cuda_graph_impl != "none":
             return  # none, with a dispatcher or a capture that counting could disturb

@@ -3,6 +3,8 @@
 Shapes: N rows, H columns, b bits, B = ceil(H * b / 8) bytes per row.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from megatron_moe_comp.ops.philox import random_halves
@@ -14,7 +16,7 @@ SMALLEST_SCALE = 2.0**-100
 overflow float32."""
 
 _BLOCK_VALUES = 1 << 18
-"""Values that the reference works on at once, so that its int64 temporaries stay in the cache."""
+"""Values that the references work on at once, so that their int64 temporaries stay in the cache."""
 
 
 def levels(num_bits: int) -> int:
@@ -25,6 +27,13 @@ def levels(num_bits: int) -> int:
 def packed_bytes(num_values: int, num_bits: int) -> int:
     """Returns the bytes that `num_values` codes of `num_bits` bits fill."""
     return -(-num_values * num_bits // 8)
+
+
+def row_blocks(num_rows: int, row_values: int) -> Iterator[slice]:
+    """Yields the slices of rows, about `_BLOCK_VALUES` values each, that make up all rows."""
+    block = max(1, _BLOCK_VALUES // max(1, row_values))
+    for first in range(0, num_rows, block):
+        yield slice(first, min(first + block, num_rows))
 
 
 def quantize(
@@ -100,11 +109,15 @@ def _reference(
 ) -> torch.Tensor:
     num_rows, hidden = rows.shape
     packed = rows.new_empty((num_rows, packed_bytes(hidden, num_bits)), dtype=torch.uint8)
-    block = max(1, _BLOCK_VALUES // max(1, hidden))
-    for first in range(0, num_rows, block):
-        part = slice(first, min(first + block, num_rows))
+    for part in row_blocks(num_rows, hidden):
         codes = quantize(
-            rows[part], row_scales[part], num_bits, first, key=key, offset=offset, stream=stream
+            rows[part],
+            row_scales[part],
+            num_bits,
+            part.start,
+            key=key,
+            offset=offset,
+            stream=stream,
         )
         packed[part] = pack(codes, num_bits)
     return packed

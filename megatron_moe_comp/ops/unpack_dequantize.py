@@ -5,13 +5,11 @@ Shapes: N rows, H columns, b bits, B = ceil(H * b / 8) bytes per row.
 
 import torch
 
-from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels
+from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, row_blocks
 
 SCHEMA = (
     "(Tensor packed, Tensor row_scales, int num_bits, int hidden_size, ScalarType dtype) -> Tensor"
 )
-
-_BLOCK_VALUES = 1 << 18
 
 
 def unpack(packed: torch.Tensor, num_bits: int, num_values: int) -> torch.Tensor:
@@ -47,9 +45,7 @@ def _reference(
     scales = torch.where(row_scales < SMALLEST_SCALE, 0.0, row_scales)
     step = scales / top
     rows = packed.new_empty((num_rows, hidden_size), dtype=dtype)
-    block = max(1, _BLOCK_VALUES // max(1, hidden_size))
-    for first in range(0, num_rows, block):
-        part = slice(first, min(first + block, num_rows))
+    for part in row_blocks(num_rows, hidden_size):
         codes = unpack(packed[part], num_bits, hidden_size)
         rows[part] = ((codes.float() - top) * step[part, None]).to(dtype)
     return rows
