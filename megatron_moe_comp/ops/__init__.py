@@ -7,10 +7,19 @@ arguments give the same bytes from every kernel.
 
 import torch
 
-from megatron_moe_comp.ops.quantize_pack import packed_bytes, quantize_pack
+from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize_pack
+from megatron_moe_comp.ops.segments import OpSegment, flatten
 from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
 
-__all__ = ["is_compiled", "packed_bytes", "quantize_pack", "unpack_dequantize"]
+__all__ = [
+    "OpSegment",
+    "absmax",
+    "flatten",
+    "is_compiled",
+    "packed_bytes",
+    "quantize_pack",
+    "unpack_dequantize",
+]
 
 
 def is_compiled(device_type: str) -> bool:

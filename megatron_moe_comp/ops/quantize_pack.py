@@ -1,22 +1,26 @@
-"""quantize_pack: float rows to densely packed, unbiasedly rounded integer codes.
+"""quantize_pack: float rows to densely packed, unbiasedly rounded integer codes in a message.
 
 Shapes: N rows, H columns, b bits, B = ceil(H * b / 8) bytes per row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 
 from megatron_moe_comp.ops.philox import random_halves
+from megatron_moe_comp.ops.segments import blocks
 
-SCHEMA = "(Tensor rows, Tensor row_scales, int num_bits, int key, int offset, int stream) -> Tensor"
+SCHEMA = (
+    "(Tensor rows, Tensor? row_scales, Tensor(a!) message, int[] segments, "
+    "int key, int offset, int stream) -> ()"
+)
 
 SMALLEST_SCALE = 2.0**-100
 """A row whose largest magnitude is below this (8e-31) is a row of zeros: L / scale must not
 overflow float32."""
 
-_BLOCK_VALUES = 1 << 18
-"""Values that the references work on at once, so that their int64 temporaries stay in the cache."""
+_ONE = 65536.0
+"""1 in the 16.16 fixed point in which values are rounded."""
 
 
 def levels(num_bits: int) -> int:
@@ -29,11 +33,20 @@ def packed_bytes(num_values: int, num_bits: int) -> int:
     return -(-num_values * num_bits // 8)
 
 
-def row_blocks(num_rows: int, row_values: int) -> Iterator[slice]:
-    """Yields the slices of rows, about `_BLOCK_VALUES` values each, that make up all rows."""
-    block = max(1, _BLOCK_VALUES // max(1, row_values))
-    for first in range(0, num_rows, block):
-        yield slice(first, min(first + block, num_rows))
+def absmax(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the scale of each row, float32 [N]: its largest magnitude, or NaN if not all finite.
+
+    Args:
+        rows: [N, H] of any floating-point dtype.
+    """
+    if not rows.numel():
+        return rows.new_zeros(len(rows), dtype=torch.float32)
+    # aminmax keeps NaN; -min and max rather than abs() spare a copy of the rows.
+    low, high = rows.aminmax(dim=1)
+    # Adding zero makes the -0.0 that a row of zeros may give a 0.0 on every device.
+    scales = torch.maximum(-low, high).float() + 0.0
+    # An infinite scale would decode zeros to NaN and everything else to it too: say NaN.
+    return torch.where(torch.isfinite(scales), scales, torch.nan)
 
 
 def quantize(
@@ -48,37 +61,40 @@ def quantize(
 ) -> torch.Tensor:
     """Returns codes q + L in [0, 2L], uint8 [N, H], with E[q * scale / L] = x.
 
-    BirdMoE's RQ (Wu et al., DAC 2025): u = |x| / s * L; l = floor(u) + Bernoulli(u - floor(u));
-    q = sign(x) * l. The Bernoulli draw compares sixteen random bits with the fraction of u in
-    16.16 fixed point, so it is integer arithmetic. For example, with s = 1 and 3 bits (L = 3):
+    BirdMoE's RQ (Wu et al., DAC 2025): a value between two levels becomes the upper one with the
+    probability that makes the expectation exact, q = floor(u) + Bernoulli(u - floor(u)) with
+    u = x / s * L. (The paper rounds |x| and restores the sign: the same distribution.) The draw adds
+    sixteen random bits to u + L in 16.16 fixed point and drops the fraction, so zeros stay zeros.
+    For example, with s = 1 and 3 bits (L = 3):
 
         x = 0.0  ->  u = 0.0   q = 0
         x = 0.5  ->  u = 1.5   q = 1 or 2, equally likely
-        x = -1.0 ->  u = 3.0   q = -3
+        x = -1.0 ->  u = -3.0  q = -3
 
     Args:
         rows: [N, H] of any floating-point dtype; arithmetic is in float32.
-        row_scales: float32 [N], s >= max|x| of the row. A scale below `SMALLEST_SCALE`, NaN or
-            infinite gives codes of zero, whatever the row holds.
+        row_scales: float32 [N], s >= max|x| of the row. With a scale below `SMALLEST_SCALE` or not
+            finite, every code of the row is L, a zero.
         num_bits: 2 to 8.
         first_row: number of the first row in the random stream.
         key: with offset and stream, which random numbers are used; see `philox`.
         offset: see key.
         stream: see key.
     """
-    top = levels(num_bits)
     num_rows, hidden = rows.shape
+    top = levels(num_bits) * _ONE
     usable = torch.isfinite(row_scales) & (row_scales >= SMALLEST_SCALE)
-    inverse = torch.where(usable, top / row_scales, 0.0)
-    x = rows.float()
-    # |x| * inverse is at most L up to rounding; clamped as a float, before it becomes an integer.
-    u = (x.abs() * inverse[:, None]).nan_to_num(nan=0.0).clamp_(0.0, float(top))
-    fixed_point = (u * 65536.0 + 0.5).to(torch.int32)
-    fixed_point.masked_fill_(~usable[:, None], 0)
+    scales = torch.where(usable, row_scales, 1.0)
+    inverse = top / scales
+    # Rounded down where it was rounded up, no |x| <= s can pass the top level.
+    below = (inverse.view(torch.int32) - 1).view(torch.float32)
+    inverse = torch.where(inverse * scales > top, below, inverse)
+    # Each operation rounds once, to nearest; a fused multiply-add would give other bytes.
+    shifted = rows.float() * inverse[:, None] + top
+    fixed_point = torch.where(usable[:, None], shifted, top).round_().to(torch.int32)
     row_numbers = torch.arange(first_row, first_row + num_rows, device=rows.device)
     halves = random_halves(row_numbers, -(-hidden // 8), key=key, offset=offset, stream=stream)
-    magnitude = (fixed_point + halves.flatten(1)[:, :hidden]) >> 16
-    return (torch.where(x < 0, -magnitude, magnitude) + top).to(torch.uint8)
+    return ((fixed_point + halves.flatten(1)[:, :hidden]) >> 16).to(torch.uint8)
 
 
 def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
@@ -105,28 +121,37 @@ def pack(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
 
 
 def _reference(
-    rows: torch.Tensor, row_scales: torch.Tensor, num_bits: int, key: int, offset: int, stream: int
-) -> torch.Tensor:
-    num_rows, hidden = rows.shape
-    packed = rows.new_empty((num_rows, packed_bytes(hidden, num_bits)), dtype=torch.uint8)
-    for part in row_blocks(num_rows, hidden):
-        codes = quantize(
-            rows[part],
-            row_scales[part],
-            num_bits,
-            part.start,
-            key=key,
-            offset=offset,
-            stream=stream,
-        )
-        packed[part] = pack(codes, num_bits)
-    return packed
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    message: torch.Tensor,
+    segments: Sequence[int],
+    key: int,
+    offset: int,
+    stream: int,
+) -> None:
+    hidden = rows.shape[1]
+    for first, num_rows, num_bits, codes_offset, scales_offset in blocks(segments, hidden):
+        part = rows[first : first + num_rows]
+        if row_scales is None:
+            scales = absmax(part)
+            message[scales_offset : scales_offset + 4 * num_rows] = scales.view(torch.uint8)
+        else:
+            scales = row_scales[first : first + num_rows]
+        codes = quantize(part, scales, num_bits, first, key=key, offset=offset, stream=stream)
+        packed = pack(codes, num_bits).flatten()
+        message[codes_offset : codes_offset + packed.numel()] = packed
 
 
 def _fake(
-    rows: torch.Tensor, row_scales: torch.Tensor, num_bits: int, key: int, offset: int, stream: int
-) -> torch.Tensor:
-    return rows.new_empty((rows.shape[0], packed_bytes(rows.shape[1], num_bits)), dtype=torch.uint8)
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    message: torch.Tensor,
+    segments: Sequence[int],
+    key: int,
+    offset: int,
+    stream: int,
+) -> None:
+    return None
 
 
 torch.library.define("megatron_moe_comp::quantize_pack", SCHEMA)
@@ -135,9 +160,31 @@ torch.library.register_fake("megatron_moe_comp::quantize_pack")(_fake)
 
 
 def quantize_pack(
-    rows: torch.Tensor, row_scales: torch.Tensor, num_bits: int, key: int, offset: int, stream: int
-) -> torch.Tensor:
-    """Returns quantized and packed rows, uint8 [N, ceil(H * b / 8)]; see `quantize` and `pack`."""
-    return torch.ops.megatron_moe_comp.quantize_pack(
-        rows, row_scales, num_bits, key, offset, stream
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    message: torch.Tensor,
+    segments: Sequence[int],
+    *,
+    key: int,
+    offset: int,
+    stream: int,
+) -> None:
+    """Writes rows, quantized and packed, into a message; see `absmax`, `quantize` and `pack`.
+
+    For every segment, the codes of its rows go to message[codes_offset:], B bytes per row, and
+    without `row_scales` the rows' scales, float32, to message[scales_offset:]. A row's number in
+    the random stream is its index in `rows`, so the bytes do not depend on how rows are divided
+    into segments or calls.
+
+    Args:
+        rows: [N, H], contiguous, of any floating-point dtype.
+        row_scales: float32 [N], at least the largest magnitude of each row; None: `absmax`.
+        message: uint8 [bytes], on the device of `rows`.
+        segments: see `segments`; num_bits 2 to 8.
+        key: 64 bits, with offset and stream (32 bits each) which random numbers are used.
+        offset: see key.
+        stream: see key.
+    """
+    torch.ops.megatron_moe_comp.quantize_pack(
+        rows, row_scales, message, segments, key, offset, stream
     )

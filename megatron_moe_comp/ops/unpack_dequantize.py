@@ -1,15 +1,16 @@
-"""unpack_dequantize: packed integer codes back to float rows; the inverse of quantize_pack.
+"""unpack_dequantize: packed integer codes of a message back to float rows; inverts quantize_pack.
 
 Shapes: N rows, H columns, b bits, B = ceil(H * b / 8) bytes per row.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, row_blocks
+from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, packed_bytes
+from megatron_moe_comp.ops.segments import blocks
 
-SCHEMA = (
-    "(Tensor packed, Tensor row_scales, int num_bits, int hidden_size, ScalarType dtype) -> Tensor"
-)
+SCHEMA = "(Tensor message, Tensor? row_scales, Tensor(a!) rows, int[] segments) -> ()"
 
 
 def unpack(packed: torch.Tensor, num_bits: int, num_values: int) -> torch.Tensor:
@@ -34,31 +35,35 @@ def unpack(packed: torch.Tensor, num_bits: int, num_values: int) -> torch.Tensor
 
 
 def _reference(
-    packed: torch.Tensor,
-    row_scales: torch.Tensor,
-    num_bits: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    num_rows, top = packed.shape[0], levels(num_bits)
-    # A NaN scale marks a row that held NaN or Inf: it stays NaN, times whatever code.
-    scales = torch.where(row_scales < SMALLEST_SCALE, 0.0, row_scales)
-    step = scales / top
-    rows = packed.new_empty((num_rows, hidden_size), dtype=dtype)
-    for part in row_blocks(num_rows, hidden_size):
-        codes = unpack(packed[part], num_bits, hidden_size)
-        rows[part] = ((codes.float() - top) * step[part, None]).to(dtype)
-    return rows
+    message: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    rows: torch.Tensor,
+    segments: Sequence[int],
+) -> None:
+    hidden = rows.shape[1]
+    for first, num_rows, num_bits, codes_offset, scales_offset in blocks(segments, hidden):
+        if row_scales is None:
+            octets = message[scales_offset : scales_offset + 4 * num_rows]
+            # A slice of a message may start anywhere; a view as a wider dtype must start aligned.
+            scales = octets.clone().view(torch.float32)
+        else:
+            scales = row_scales[first : first + num_rows]
+        top = levels(num_bits)
+        # A NaN scale marks a row that held NaN or Inf: it stays NaN, times whatever code.
+        step = torch.where(scales < SMALLEST_SCALE, 0.0, scales) / top
+        row_bytes = packed_bytes(hidden, num_bits)
+        packed = message[codes_offset : codes_offset + num_rows * row_bytes]
+        codes = unpack(packed.view(num_rows, row_bytes), num_bits, hidden)
+        rows[first : first + num_rows] = ((codes.float() - top) * step[:, None]).to(rows.dtype)
 
 
 def _fake(
-    packed: torch.Tensor,
-    row_scales: torch.Tensor,
-    num_bits: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return packed.new_empty((packed.shape[0], hidden_size), dtype=dtype)
+    message: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    rows: torch.Tensor,
+    segments: Sequence[int],
+) -> None:
+    return None
 
 
 torch.library.define("megatron_moe_comp::unpack_dequantize", SCHEMA)
@@ -67,21 +72,19 @@ torch.library.register_fake("megatron_moe_comp::unpack_dequantize")(_fake)
 
 
 def unpack_dequantize(
-    packed: torch.Tensor,
-    row_scales: torch.Tensor,
-    num_bits: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Returns rows of `dtype`, [N, H]: (code - L) * (scale / L), computed in float32.
+    message: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    rows: torch.Tensor,
+    segments: Sequence[int],
+) -> None:
+    """Writes the rows of a message's segments: (code - L) * (scale / L), computed in float32.
 
     Args:
-        packed: uint8 [N, ceil(H * b / 8)] of `quantize_pack`.
-        row_scales: float32 [N], the scales given to `quantize_pack`; NaN gives a row of NaN.
-        num_bits: b, 2 to 8.
-        hidden_size: H.
-        dtype: of the result.
+        message: uint8 [bytes], as `quantize_pack` left it.
+        row_scales: float32 [N], the scales of the rows; None: those in the message. NaN gives a row
+            of NaN, a scale below `SMALLEST_SCALE` a row of zeros.
+        rows: [N, H], contiguous, of any floating-point dtype; only the rows of the segments are
+            written.
+        segments: see `segments`; first_row is where the rows go.
     """
-    return torch.ops.megatron_moe_comp.unpack_dequantize(
-        packed, row_scales, num_bits, hidden_size, dtype
-    )
+    torch.ops.megatron_moe_comp.unpack_dequantize(message, row_scales, rows, segments)
