@@ -24,6 +24,7 @@ class CommStats:
 
     def __init__(self) -> None:
         self._bytes = {wire: [0, 0] for wire in WIRES}
+        self._rows = {wire: [0, 0] for wire in WIRES}
         self._error: dict[Wire, torch.Tensor] = {}
         self.counting = True
         """False in evaluation, whose traffic would blur the figures per iteration."""
@@ -33,6 +34,12 @@ class CommStats:
         if self.counting:
             self._bytes[wire][RAW] += raw_bytes
             self._bytes[wire][WIRE] += wire_bytes
+
+    def add_rows(self, wire: Wire, pairs: int, rows: int) -> None:
+        """Counts the (token, expert) pairs of one message and the rows that carry them."""
+        if self.counting:
+            self._rows[wire][0] += pairs
+            self._rows[wire][1] += rows
 
     def add_error(self, wire: Wire, rows: torch.Tensor, decoded: torch.Tensor) -> None:
         """Adds the signal and the error of some rows, without synchronising with the device.

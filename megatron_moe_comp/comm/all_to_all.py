@@ -4,28 +4,45 @@ Only this file talks to torch.distributed in the path of the data. Shapes: N row
 received, H columns.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm_stats import CommStats
-from megatron_moe_comp.compression.codec import Codec, RowFormat
-from megatron_moe_comp.compression.payload import PayloadLayout, Section, as_bytes, from_bytes
+from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codecs.identity import Identity
+from megatron_moe_comp.compression.packet import Exact, Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import Wire
+
+_IDENTITY = Identity()
 
 
 @dataclass(frozen=True)
 class Message:
-    """How one wire of one pass is encoded: its name, codec, bits and random numbers."""
+    """How one wire of one pass is encoded: its name, codec and random numbers."""
 
     wire: Wire
     codec: Codec
-    num_bits: int
     random: RandomStream
+    num_pieces: int = 1
+    """Pieces that are encoded, sent and decoded one after the other, overlapping."""
     measure_error: bool = False
     """Whether the sender decodes its own message to add its error to the statistics."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one rank sends to, or receives from, each rank of its group."""
+
+    rows: tuple[int, ...]
+    bits: tuple[int, ...]
+    """Bits per value of the rows of each rank."""
+    pairs: tuple[int, ...]
+    """(token, expert) pairs that the rows stand for: as many as rows, unless rows are shared."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +52,15 @@ class Route:
     group: dist.ProcessGroup
     rank: int
     """This process's rank in the group."""
-    input_splits: tuple[int, ...]
-    """Rows sent to each rank."""
-    output_splits: tuple[int, ...]
-    """Rows received from each rank; its own entry equals that of input_splits."""
+    sent: Direction
+    received: Direction
+    """Its own entries equal those of `sent`."""
+    plain: tuple[bool, ...]
+    """Ranks that rows are exchanged with uncompressed, whatever the codec."""
 
     def reversed(self) -> "Route":
         """Returns the way back."""
-        return Route(self.group, self.rank, self.output_splits, self.input_splits)
+        return replace(self, sent=self.received, received=self.sent)
 
 
 def global_rank() -> int:
@@ -57,13 +75,26 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
+def ranks_on_this_node(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[bool, ...]:
+    """Returns which ranks of the group run on the same node as this process.
+
+    Args:
+        group: process group.
+        ranks_per_node: consecutive ranks of the run that share a node.
+    """
+    own = dist.get_rank() // ranks_per_node
+    return tuple(r // ranks_per_node == own for r in dist.get_process_group_ranks(group))
+
+
 def exchange(
     buffer: torch.Tensor,
     input_byte_splits: list[int],
     output_byte_splits: list[int],
     group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """Returns the bytes received, uint8 [sum(output_byte_splits)], from one all_to_all_single.
+) -> tuple[torch.Tensor, dist.Work]:
+    """Returns the bytes that will be received, uint8 [sum(output_byte_splits)], and their arrival.
+
+    One all_to_all_single; the bytes are there after the work's wait().
 
     Args:
         buffer: uint8 [sum(input_byte_splits)].
@@ -72,104 +103,183 @@ def exchange(
         group: process group.
     """
     received = buffer.new_empty(sum(output_byte_splits))
-    dist.all_to_all_single(received, buffer, output_byte_splits, input_byte_splits, group=group)
-    return received
+    work = dist.all_to_all_single(
+        received, buffer, output_byte_splits, input_byte_splits, group=group, async_op=True
+    )
+    return received, work
 
 
 def compressed_all_to_all(
     rows: torch.Tensor,
     probs: torch.Tensor | None,
+    masks: torch.Tensor | None,
     route: Route,
     messages: tuple[Message, Message],
     stats: CommStats,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the rows and probabilities of all ranks for this one, through a compressed wire.
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Returns the rows, probabilities and masks of all ranks for this one, through one wire.
 
-    Each direction is one collective that carries encoded rows and exact probabilities together.
-    Rows that stay on the rank are copied, bit for bit. The gradient takes the way back through the
-    second message; for the codec it is the straight-through gradient of an unbiased estimate.
+    Each direction is one collective (or one per piece) that carries encoded rows and what is exact
+    together. What stays on the rank is copied, bit for bit. The gradient takes the way back through
+    the second message; for the codec it is the straight-through gradient of an unbiased estimate.
 
     Args:
         rows: [N, H], grouped by destination as `route` says.
-        probs: [N], sent unchanged in their own dtype, or None.
-        route: rows per destination and source.
+        probs: [pairs], sent unchanged in their own dtype, or None.
+        masks: uint8 [N, bytes], sent unchanged and without a gradient, or None.
+        route: what each rank sends and receives.
         messages: encoding of the forward and of the backward wire.
         stats: counts both.
     """
-    return _CompressedAllToAll.apply(rows, probs, route, messages, stats)
+    return _CompressedAllToAll.apply(rows, probs, masks, route, messages, stats)
 
 
 class _CompressedAllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, probs, route, messages, stats):  # noqa: ANN001, ANN205
+    def forward(ctx, rows, probs, masks, route, messages, stats):  # noqa: ANN001, ANN205
         ctx.route, ctx.message, ctx.stats = route, messages[1], stats
         ctx.has_probs = probs is not None
-        return _send(rows, probs, route, messages[0], stats)
+        arrived = _send(rows, probs, masks, route, messages[0], stats)
+        if masks is not None:
+            ctx.mark_non_differentiable(arrived[2])
+        return arrived
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_rows, grad_probs):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_rows, grad_probs, _):  # noqa: ANN001, ANN205
         back = ctx.route.reversed()
-        grads = _send(
-            grad_rows, grad_probs if ctx.has_probs else None, back, ctx.message, ctx.stats
-        )
-        return *grads, None, None, None
+        probs = grad_probs if ctx.has_probs else None
+        grads = _send(grad_rows, probs, None, back, ctx.message, ctx.stats)
+        return grads[0], grads[1], None, None, None, None
 
 
 def _send(
     rows: torch.Tensor,
     probs: torch.Tensor | None,
+    masks: torch.Tensor | None,
     route: Route,
     message: Message,
     stats: CommStats,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encodes, exchanges and decodes the rows that leave the rank; keeps those that stay."""
-    codec, row_format = message.codec, RowFormat(rows.shape[1], rows.dtype, message.num_bits)
-    sent_rows = _without_own(route.input_splits, route.rank)
-    received_rows = _without_own(route.output_splits, route.rank)
-    sections = codec.sections(row_format)
-    if probs is not None:
-        sections += (Section("probs", row_bytes=probs.dtype.itemsize),)
-    sending = PayloadLayout(sections, sent_rows)
-    receiving = PayloadLayout(sections, received_rows)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Encodes, exchanges and decodes what leaves the rank; keeps what stays.
 
-    remote = _remote(rows, route)
-    parts = codec.encode(remote, sent_rows, row_format, message.random)
-    if message.measure_error:
-        stats.add_error(message.wire, remote, codec.decode(parts, sent_rows, row_format))
-    if probs is not None:
-        parts += (as_bytes(_remote(probs, route)),)
-    buffer = sending.pack(parts)
+    With several pieces, the next is encoded and the previous decoded while one is under way.
+    """
+    beside = [
+        _Beside(values, sent, received, route.rank)
+        for values, sent, received in (
+            (probs, route.sent.pairs, route.received.pairs),
+            (masks, route.sent.rows, route.received.rows),
+        )
+        if values is not None
+    ]
+    rows = rows.contiguous()
+    arrived_rows = _arrivals(rows, route)
+    wire_bytes = 0
+    under_way: list[tuple[Packet, Sequence[_Beside], torch.Tensor, dist.Work]] = []
+    for piece in range(message.num_pieces):
+        with_piece = beside if piece == 0 else []
+        sending, receiving = (
+            Packet.plan(
+                _peers(direction, route.plain, message.codec),
+                route.rank,
+                rows,
+                [getattr(b, side) for b in with_piece],
+                piece,
+                message.num_pieces,
+            )
+            for direction, side in ((route.sent, "sent"), (route.received, "received"))
+        )
+        buffer = sending.encode(rows, [b.leaving for b in with_piece], message.random)
+        wire_bytes += buffer.numel()
+        if message.measure_error:
+            _measure_error(sending, rows, buffer, message, stats)
+        received, work = exchange(
+            buffer, sending.layout.byte_splits, receiving.layout.byte_splits, route.group
+        )
+        under_way.append((receiving, with_piece, received, work))
+        if len(under_way) > 1:
+            _finish(*under_way.pop(0), arrived_rows)
+    _finish(*under_way.pop(), arrived_rows)
+    pairs = sum(route.sent.pairs) - route.sent.pairs[route.rank]
     stats.add_bytes(
         message.wire,
-        raw_bytes=4 * (remote.numel() + (len(remote) if probs is not None else 0)),
-        wire_bytes=buffer.numel(),
+        raw_bytes=4 * pairs * (rows.shape[1] + (probs is not None)),
+        wire_bytes=wire_bytes,
     )
-    received = exchange(buffer, sending.byte_splits(), receiving.byte_splits(), route.group)
+    stats.add_rows(message.wire, pairs, sum(route.sent.rows) - route.sent.rows[route.rank])
+    results = [b.all_arrived() for b in beside]
+    return (
+        arrived_rows,
+        results.pop(0) if probs is not None else None,
+        results.pop(0) if masks is not None else None,
+    )
 
-    received_parts = receiving.unpack(received)
-    new_probs = None
-    if probs is not None:
-        arrived = from_bytes(received_parts.pop(), probs.dtype).view(-1)
-        new_probs = _with_own(arrived, probs, route)
-    arrived = codec.decode(received_parts, received_rows, row_format)
-    return _with_own(arrived, rows, route), new_probs
+
+def _finish(
+    packet: Packet,
+    beside: Sequence["_Beside"],
+    received: torch.Tensor,
+    work: dist.Work,
+    rows: torch.Tensor,
+) -> None:
+    """Waits for one packet and decodes it."""
+    work.wait()
+    packet.decode(received, rows, [b.arriving for b in beside])
+
+
+class _Beside:
+    """Exact values that travel beside the rows: those leaving, and a place for those arriving."""
+
+    def __init__(
+        self, values: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], rank: int
+    ) -> None:
+        item_bytes = math.prod(values.shape[1:]) * values.itemsize
+        self.sent = Exact(_without_own(sent, rank), item_bytes)
+        self.received = Exact(_without_own(received, rank), item_bytes)
+        first = sum(sent[:rank])
+        self._own = values[first : first + sent[rank]]
+        self._place = sum(received[:rank])
+        self.leaving = torch.cat((values[:first], values[first + sent[rank] :]))
+        self.arriving = values.new_empty((sum(self.received.splits), *values.shape[1:]))
+
+    def all_arrived(self) -> torch.Tensor:
+        """Returns what arrived with the rank's own values in their place."""
+        return torch.cat((self.arriving[: self._place], self._own, self.arriving[self._place :]))
 
 
 def _without_own(splits: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (*splits[:rank], 0, *splits[rank + 1 :])
 
 
-def _remote(values: torch.Tensor, route: Route) -> torch.Tensor:
-    """Returns the values [N] or [N, H] that leave the rank, in order."""
-    first = sum(route.input_splits[: route.rank])
-    after = first + route.input_splits[route.rank]
-    return torch.cat((values[:first], values[after:]))
+def _peers(direction: Direction, plain: tuple[bool, ...], codec: Codec) -> list[Peer]:
+    return [
+        Peer(num_rows, num_bits, _IDENTITY if is_plain else codec)
+        for num_rows, num_bits, is_plain in zip(direction.rows, direction.bits, plain, strict=True)
+    ]
 
 
-def _with_own(arrived: torch.Tensor, values: torch.Tensor, route: Route) -> torch.Tensor:
-    """Returns what arrived with the rank's own values put in their place."""
-    first = sum(route.input_splits[: route.rank])
-    own = values[first : first + route.input_splits[route.rank]]
-    place = sum(route.output_splits[: route.rank])
-    return torch.cat((arrived[:place], own, arrived[place:]))
+def _arrivals(rows: torch.Tensor, route: Route) -> torch.Tensor:
+    """Returns a tensor for the rows to be received, [M, H], in which the rank's own already are."""
+    arrived = rows.new_empty((sum(route.received.rows), rows.shape[1]))
+    first, place = (sum(d.rows[: route.rank]) for d in (route.sent, route.received))
+    count = route.sent.rows[route.rank]
+    arrived[place : place + count] = rows[first : first + count]
+    return arrived
+
+
+def _measure_error(
+    packet: Packet, rows: torch.Tensor, buffer: torch.Tensor, message: Message, stats: CommStats
+) -> None:
+    """Adds the error of the rows that this packet compresses to the statistics."""
+    decoded = torch.empty_like(rows)
+    for codec, segments in packet.segments:
+        if isinstance(codec, Identity):
+            continue
+        codec.decode(buffer, segments, decoded)
+        places = [slice(s.first_row, s.first_row + s.num_rows) for s in segments]
+        stats.add_error(
+            message.wire,
+            torch.cat([rows[place] for place in places]),
+            torch.cat([decoded[place] for place in places]),
+        )

@@ -1,9 +1,9 @@
-"""The layout of one message: everything that one rank sends in one all-to-all, as one uint8 buffer.
+"""The layout of a message: everything that one rank sends in one all-to-all, as one uint8 buffer.
 
-The rows for one rank are a segment. A segment holds its sections one after the other, each padded
-with zeros to `ALIGNMENT` bytes; a rank that gets no rows gets no bytes:
+What goes to one rank is a segment. A segment holds its sections one after the other, each padded
+with zeros to `ALIGNMENT` bytes; a rank that gets nothing gets no bytes:
 
-    | codes of n rows | 0.. | scales of n rows | 0.. | probs of n rows | 0.. | next rank ...
+    | probs | 0.. | codes of n rows | 0.. | scales of n rows | 0.. | next rank ...
 
 Both ends derive every size from the row counts that they already share. All byte arithmetic of the
 wire is in this file.
@@ -12,6 +12,7 @@ wire is in this file.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -34,60 +35,55 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Rows between this rank and one other: where they are in a tensor and in a message."""
+
+    first_row: int
+    num_rows: int
+    num_bits: int
+    """Bits per value; a codec of fixed width does not use it."""
+    offsets: tuple[int, ...]
+    """First byte of each of the codec's sections."""
+
+
+@dataclass(frozen=True)
 class PayloadLayout:
-    """Where everything is in the buffer that carries `segment_rows[r]` rows to or from rank r."""
+    """Where everything is in a message, given the bytes of each section of each rank's segment."""
 
-    sections: tuple[Section, ...]
-    segment_rows: tuple[int, ...]
+    sizes: tuple[tuple[int, ...], ...]
 
+    @cached_property
     def byte_splits(self) -> list[int]:
-        """Returns the bytes of each rank's segment."""
-        return [sum(_aligned(s.size(rows)) for s in self.sections) for rows in self.segment_rows]
+        """The bytes of each rank's segment, padding included."""
+        return [sum(map(_aligned, sections)) for sections in self.sizes]
 
-    def pack(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns the buffer, uint8 [sum(byte_splits)], that holds all parts.
-
-        Args:
-            parts: one contiguous uint8 tensor per section: [N, row_bytes] with the rows in the
-                order of the ranks, or [ranks, segment_bytes].
-        """
-        pieces = []
-        first_rows = accumulate(self.segment_rows, initial=0)
-        for rank, (rows, first) in enumerate(zip(self.segment_rows, first_rows, strict=False)):
-            for section, part in zip(self.sections, parts, strict=True):
-                size = section.size(rows)
-                piece = part[first : first + rows] if section.row_bytes else part[rank : rank + 1]
-                pieces.append(piece.reshape(-1)[:size])
-                pieces.append(part.new_zeros(_aligned(size) - size))
-        return torch.cat(pieces)
-
-    def unpack(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the parts that `pack` was given.
-
-        The part of a section per segment has a row of zeros for a rank without rows.
-
-        Args:
-            buffer: uint8 [sum(byte_splits)].
-        """
-        pieces: list[list[torch.Tensor]] = [[] for _ in self.sections]
-        offset = 0
-        for rows in self.segment_rows:
-            for section, found in zip(self.sections, pieces, strict=True):
-                size = section.size(rows)
-                piece = buffer[offset : offset + size]
-                if section.row_bytes:
-                    found.append(piece.view(rows, section.row_bytes))
-                else:
-                    found.append(piece if rows else buffer.new_zeros(section.segment_bytes))
-                offset += _aligned(size)
-        return [
-            torch.cat(found) if section.row_bytes else torch.stack(found)
-            for section, found in zip(self.sections, pieces, strict=True)
-        ]
+    @cached_property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """The first byte of each section of each rank's segment."""
+        starts = accumulate(self.byte_splits, initial=0)
+        return tuple(
+            tuple(accumulate(map(_aligned, sections[:-1]), initial=start)) if sections else ()
+            for start, sections in zip(starts, self.sizes, strict=False)
+        )
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def write_bytes(message: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+    """Copies the bytes of `values`, of any dtype, to message[offset:]."""
+    octets = as_bytes(values)
+    message[offset : offset + octets.numel()] = octets.flatten()
+
+
+def read_bytes(
+    message: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns the values of this shape and dtype whose bytes are at message[offset:], copied."""
+    octets = message[offset : offset + math.prod(shape) * dtype.itemsize]
+    # A slice of a message may start anywhere; a view as a wider dtype must start aligned.
+    return octets.clone().view(dtype).view(*shape)
 
 
 def as_bytes(values: torch.Tensor) -> torch.Tensor:
@@ -98,9 +94,3 @@ def as_bytes(values: torch.Tensor) -> torch.Tensor:
     """
     row_bytes = math.prod(values.shape[1:]) * values.dtype.itemsize
     return values.contiguous().flatten().view(torch.uint8).view(len(values), row_bytes)
-
-
-def from_bytes(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the values [N, row bytes / itemsize] whose bytes `part` [N, row bytes] holds."""
-    # A slice of a message may start anywhere; a view as a wider dtype must start aligned.
-    return part.clone().view(dtype)

@@ -63,8 +63,9 @@ def quantize(
 
     BirdMoE's RQ (Wu et al., DAC 2025): a value between two levels becomes the upper one with the
     probability that makes the expectation exact, q = floor(u) + Bernoulli(u - floor(u)) with
-    u = x / s * L. (The paper rounds |x| and restores the sign: the same distribution.) The draw adds
-    sixteen random bits to u + L in 16.16 fixed point and drops the fraction, so zeros stay zeros.
+    u = x / s * L. (The paper rounds |x| and restores the sign: the same distribution.) The draw
+    adds sixteen random bits to u + L in 16.16 fixed point and drops the fraction, so zeros stay
+    zeros.
     For example, with s = 1 and 3 bits (L = 3):
 
         x = 0.0  ->  u = 0.0   q = 0

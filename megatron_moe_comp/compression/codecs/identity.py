@@ -1,12 +1,12 @@
-"""identity: rows as they are, for the wires that are not compressed."""
+"""identity: rows as they are, for the wires and links that are not compressed."""
 
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
-from megatron_moe_comp.compression.codec import Codec, RowFormat
-from megatron_moe_comp.compression.payload import Section, as_bytes, from_bytes
+from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 
 
@@ -15,22 +15,26 @@ class Identity(Codec):
 
     name: ClassVar[str] = "identity"
 
-    def sections(self, row_format: RowFormat) -> tuple[Section, ...]:
+    def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
         """Returns one section, the rows."""
-        return (Section("rows", row_bytes=row_format.hidden_size * row_format.dtype.itemsize),)
+        return (Section("rows", row_bytes=hidden_size * dtype.itemsize),)
 
     def encode(
         self,
         rows: torch.Tensor,
-        segment_rows: Sequence[int],
-        row_format: RowFormat,
+        segments: Sequence[Segment],
+        message: torch.Tensor,
         random: RandomStream,
-    ) -> tuple[torch.Tensor, ...]:
-        """Returns the rows' own bytes."""
-        return (as_bytes(rows),)
+    ) -> None:
+        """Copies the rows' own bytes."""
+        for s in segments:
+            write_bytes(message, s.offsets[0], rows[s.first_row : s.first_row + s.num_rows])
 
     def decode(
-        self, parts: Sequence[torch.Tensor], segment_rows: Sequence[int], row_format: RowFormat
-    ) -> torch.Tensor:
-        """Returns the rows of these bytes."""
-        return from_bytes(parts[0], row_format.dtype).view(-1, row_format.hidden_size)
+        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+    ) -> None:
+        """Copies the bytes back."""
+        for s in segments:
+            rows[s.first_row : s.first_row + s.num_rows] = read_bytes(
+                message, s.offsets[0], (s.num_rows, rows.shape[1]), rows.dtype
+            )

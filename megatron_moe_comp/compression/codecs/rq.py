@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.compression.codec import Codec, RowFormat
-from megatron_moe_comp.compression.payload import Section, as_bytes, from_bytes
+from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import ScalePer
 
@@ -27,10 +27,9 @@ class RandomQuantization(Codec):
     scale_per: ScalePer = "row"
     name: ClassVar[str] = "rq"
 
-    def sections(self, row_format: RowFormat) -> tuple[Section, ...]:
+    def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
         """Returns the codes and the scales."""
-        code_bytes = ops.packed_bytes(row_format.hidden_size, row_format.num_bits)
-        codes = Section("codes", row_bytes=code_bytes)
+        codes = Section("codes", row_bytes=ops.packed_bytes(hidden_size, num_bits))
         if self.scale_per == "row":
             return codes, Section("scales", row_bytes=4)
         return codes, Section("scales", segment_bytes=4)
@@ -38,46 +37,47 @@ class RandomQuantization(Codec):
     def encode(
         self,
         rows: torch.Tensor,
-        segment_rows: Sequence[int],
-        row_format: RowFormat,
+        segments: Sequence[Segment],
+        message: torch.Tensor,
         random: RandomStream,
-    ) -> tuple[torch.Tensor, ...]:
-        """Returns codes, uint8 [N, ceil(H * b / 8)], and scales, uint8 [N or segments, 4]."""
-        # aminmax keeps NaN; -min and max rather than abs() spare a copy of the rows.
-        low, high = rows.aminmax(dim=1) if rows.numel() else (rows.new_empty(0),) * 2
-        # Adding zero makes the -0.0 that a row of zeros may give a 0.0 on every device.
-        scales = torch.maximum(-low, high).float() + 0.0
+    ) -> None:
+        """Writes codes, ceil(H * b / 8) bytes per row, and scales, float32."""
+        row_scales = None
         if self.scale_per == "chunk":
-            segments = scales.split(list(segment_rows))
-            scales = torch.stack([s.max() if s.numel() else s.new_zeros(()) for s in segments])
-        # An infinite scale would decode zeros to NaN and everything else to it too: say NaN.
-        scales = torch.where(torch.isfinite(scales), scales, torch.nan)
-        codes = ops.quantize_pack(
+            row_scales = rows.new_zeros(len(rows), dtype=torch.float32)
+            for s in _filled(segments):
+                own = slice(s.first_row, s.first_row + s.num_rows)
+                scale = ops.absmax(rows[own]).amax(dim=0, keepdim=True)
+                row_scales[own] = scale
+                write_bytes(message, s.offsets[1], scale)
+        ops.quantize_pack(
             rows,
-            self._per_row(scales, segment_rows),
-            row_format.num_bits,
-            random.key,
-            random.offset,
-            random.stream,
+            row_scales,
+            message,
+            _flat(segments),
+            key=random.key,
+            offset=random.offset,
+            stream=random.stream,
         )
-        return codes, as_bytes(scales)
 
     def decode(
-        self, parts: Sequence[torch.Tensor], segment_rows: Sequence[int], row_format: RowFormat
-    ) -> torch.Tensor:
-        """Returns codes times steps."""
-        codes, scale_bytes = parts
-        scales = from_bytes(scale_bytes, torch.float32).view(-1)
-        return ops.unpack_dequantize(
-            codes,
-            self._per_row(scales, segment_rows),
-            row_format.num_bits,
-            row_format.hidden_size,
-            row_format.dtype,
-        )
+        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+    ) -> None:
+        """Writes codes times steps."""
+        row_scales = None
+        if self.scale_per == "chunk":
+            row_scales = rows.new_zeros(len(rows), dtype=torch.float32)
+            for s in _filled(segments):
+                scale = read_bytes(message, s.offsets[1], (1,), torch.float32)
+                row_scales[s.first_row : s.first_row + s.num_rows] = scale
+        ops.unpack_dequantize(message, row_scales, rows, _flat(segments))
 
-    def _per_row(self, scales: torch.Tensor, segment_rows: Sequence[int]) -> torch.Tensor:
-        if self.scale_per == "row":
-            return scales
-        repeats = torch.tensor(segment_rows, device=scales.device)
-        return scales.repeat_interleave(repeats, output_size=sum(segment_rows))
+
+def _filled(segments: Sequence[Segment]) -> list[Segment]:
+    return [s for s in segments if s.num_rows]
+
+
+def _flat(segments: Sequence[Segment]) -> list[int]:
+    return ops.flatten(
+        [ops.OpSegment(s.first_row, s.num_rows, s.num_bits, *s.offsets) for s in _filled(segments)]
+    )
