@@ -2,17 +2,41 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
 
 from megatron_moe_comp.config import WIRES, CompressionConfig, Wire
 
-RAW, WIRE, SIGNAL, NOISE = range(4)
-"""Columns of a totals tensor: bytes as float32, bytes handed to the collective, and the sums of
-squares of the sampled rows and of their errors."""
 
-NUM_COLUMNS = 4
+class Column(IntEnum):
+    """What a totals tensor holds for each wire."""
+
+    RAW = 0
+    """Bytes as float32 values, one row for each (token, expert) pair."""
+    WIRE = 1
+    """Bytes handed to the collective."""
+    SIGNAL = 2
+    """Sum of squares of the sampled rows."""
+    NOISE = 3
+    """Sum of squares of their errors."""
+    PAIRS = 4
+    """(token, expert) pairs."""
+    ROWS = 5
+    """Rows that carried them."""
+    CODED_ROWS = 6
+    """Those of the rows that were compressed."""
+    ROW_BITS = 7
+    """The sum of their bits per value."""
+    PASSES = 8
+    """Passes that the loads are summed over."""
+    LOAD_RAW = 9
+    """Bytes of the most loaded rank of each pass, as float32."""
+    LOAD_UNIFORM = 10
+    """The same if all rows had the same bits."""
+    LOAD = 11
+    """The same as sent."""
 
 
 class CommStats:
@@ -23,23 +47,52 @@ class CommStats:
     """
 
     def __init__(self) -> None:
-        self._bytes = {wire: [0, 0] for wire in WIRES}
-        self._rows = {wire: [0, 0] for wire in WIRES}
+        self._counts = {wire: [0] * len(Column) for wire in WIRES}
         self._error: dict[Wire, torch.Tensor] = {}
         self.counting = True
         """False in evaluation, whose traffic would blur the figures per iteration."""
 
     def add_bytes(self, wire: Wire, raw_bytes: int, wire_bytes: int) -> None:
         """Counts one message: its size as float32 values and as handed to the collective."""
-        if self.counting:
-            self._bytes[wire][RAW] += raw_bytes
-            self._bytes[wire][WIRE] += wire_bytes
+        self._add(wire, {Column.RAW: raw_bytes, Column.WIRE: wire_bytes})
 
-    def add_rows(self, wire: Wire, pairs: int, rows: int) -> None:
-        """Counts the (token, expert) pairs of one message and the rows that carry them."""
+    def add_rows(self, wire: Wire, pairs: int, rows: int, bits: Sequence[tuple[int, int]]) -> None:
+        """Counts one message's (token, expert) pairs, the rows that carry them, and their bits.
+
+        Args:
+            wire: the wire.
+            pairs: rows that would be sent if no two experts shared one.
+            rows: rows sent.
+            bits: (rows, bits per value) of the rows that are compressed.
+        """
+        coded_rows = sum(n for n, _ in bits)
+        row_bits = sum(n * b for n, b in bits)
+        self._add(
+            wire,
+            {
+                Column.PAIRS: pairs,
+                Column.ROWS: rows,
+                Column.CODED_ROWS: coded_rows,
+                Column.ROW_BITS: row_bits,
+            },
+        )
+
+    def add_load(self, wire: Wire, raw: int, uniform: int, sent: int) -> None:
+        """Counts the bytes of the most loaded rank in one pass: as float32, uniform, as sent."""
+        self._add(
+            wire,
+            {
+                Column.PASSES: 1,
+                Column.LOAD_RAW: raw,
+                Column.LOAD_UNIFORM: uniform,
+                Column.LOAD: sent,
+            },
+        )
+
+    def _add(self, wire: Wire, counts: dict[int, int]) -> None:
         if self.counting:
-            self._rows[wire][0] += pairs
-            self._rows[wire][1] += rows
+            for column, count in counts.items():
+                self._counts[wire][column] += count
 
     def add_error(self, wire: Wire, rows: torch.Tensor, decoded: torch.Tensor) -> None:
         """Adds the signal and the error of some rows, without synchronising with the device.
@@ -55,11 +108,9 @@ class CommStats:
 
     def totals(self) -> torch.Tensor:
         """Returns all counters since the start, float64 [wires, columns] on the CPU."""
-        totals = torch.zeros(len(WIRES), NUM_COLUMNS, dtype=torch.float64)
-        for i, wire in enumerate(WIRES):
-            totals[i, :2] = torch.tensor(self._bytes[wire], dtype=torch.float64)
-            if wire in self._error:
-                totals[i, 2:] = self._error[wire].cpu()
+        totals = torch.tensor(list(self._counts.values()), dtype=torch.float64)
+        for wire, sums in self._error.items():
+            totals[WIRES.index(wire), Column.SIGNAL : Column.NOISE + 1] = sums.cpu()
         return totals
 
 
@@ -74,22 +125,49 @@ def summarize(
         config: the method in use.
 
     Returns:
-        {"method", "bits", "ratio_fp32", "ratio_bf16", "wires": {wire: {"raw_bytes", "wire_bytes",
-        "sqnr_db"}}, "layers": [{"layer", "ratio_fp32", "wires"}]}. Bytes are of all ranks; a ratio
-        is None where nothing crossed a wire, sqnr_db where nothing was sampled or lossless.
+        {"method", "bits", "bit_policy", "mean_bits", "ratio_fp32", "ratio_bf16", "pairs", "rows",
+        "most_loaded_rank": {"float32_bytes", "uniform_bytes", "bytes"}, "wires": {wire:
+        {"raw_bytes", "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "ratio_fp32", "mean_bits",
+        "most_loaded_rank", "wires"}]}. Bytes are of all ranks, except those of the most loaded
+        rank: what it sends or receives, whichever is more, in one layer and micro-batch, over the
+        four wires, without padding. A figure is None where nothing crossed a wire; sqnr_db also
+        where nothing was sampled or lossless, mean_bits where the width is fixed.
     """
     overall = totals.sum(dim=0)
-    ratio = _ratio(overall)
+    figures = _figures(overall, config)
+    ratio = figures["ratio_fp32"]
     return {
         "method": config.moe_a2a_compress,
         "bits": config.moe_a2a_bits if config.enabled else None,
-        "ratio_fp32": ratio,
+        "bit_policy": config.moe_a2a_bit_policy if config.enabled else None,
+        **figures,
         "ratio_bf16": None if ratio is None else ratio / 2,
-        "wires": _wires(overall),
+        "pairs": int(overall[:, Column.PAIRS].sum()),
+        "rows": int(overall[:, Column.ROWS].sum()),
         "layers": [
-            {"layer": number, "ratio_fp32": _ratio(layer), "wires": _wires(layer)}
+            {"layer": number, **_figures(layer, config)}
             for number, layer in zip(layer_numbers, totals, strict=True)
         ],
+    }
+
+
+def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
+    """Returns what is reported of one layer, or of all, from its [wires, columns]."""
+    columns = totals.sum(dim=0)
+    raw, wire = columns[Column.RAW].item(), columns[Column.WIRE].item()
+    coded_rows, has_bits = columns[Column.CODED_ROWS].item(), config.enabled and config.moe_a2a_bits
+    passes = totals[:, Column.PASSES, None].clamp(min=1)
+    load = (totals[:, Column.LOAD_RAW : Column.LOAD + 1] / passes).sum(dim=0)
+    keys = ("float32_bytes", "uniform_bytes", "bytes")
+    return {
+        "ratio_fp32": raw / wire if wire else None,
+        "mean_bits": columns[Column.ROW_BITS].item() / coded_rows
+        if coded_rows and has_bits
+        else None,
+        "most_loaded_rank": dict(zip(keys, load.tolist(), strict=True))
+        if columns[Column.PASSES] > 0
+        else None,
+        "wires": _wires(totals),
     }
 
 
@@ -103,14 +181,9 @@ def sqnr_db(signal: float, noise: float) -> float | None:
 def _wires(totals: torch.Tensor) -> Mapping[str, Mapping[str, Any]]:
     return {
         wire: {
-            "raw_bytes": int(row[RAW]),
-            "wire_bytes": int(row[WIRE]),
-            "sqnr_db": sqnr_db(row[SIGNAL].item(), row[NOISE].item()),
+            "raw_bytes": int(row[Column.RAW]),
+            "wire_bytes": int(row[Column.WIRE]),
+            "sqnr_db": sqnr_db(row[Column.SIGNAL].item(), row[Column.NOISE].item()),
         }
         for wire, row in zip(WIRES, totals, strict=True)
     }
-
-
-def _ratio(totals: torch.Tensor) -> float | None:
-    raw, wire = totals[:, RAW].sum().item(), totals[:, WIRE].sum().item()
-    return raw / wire if wire else None

@@ -13,10 +13,38 @@ Wire = Literal["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
 
 WIRES: tuple[Wire, ...] = get_args(Wire)
 
-Method = Literal["none", "birdmoe"]
+Method = Literal[
+    "none",
+    "birdmoe",
+    "identity",
+    "rq",
+    "lq",
+    "pwlq",
+    "shapeshifter",
+    "terngrad",
+    "topk",
+    "bf16",
+    "fp16",
+    "int8",
+    "fp8",
+    "mxfp8",
+]
+BitPolicy = Literal["uniform", "proportional", "optimal"]
 ScalePer = Literal["row", "chunk"]
+Scope = Literal["remote", "inter-node"]
 
-MIN_BITS, MAX_BITS = 2, 8
+DEFAULT_BITS = 6
+BITS_RANGE = {
+    "birdmoe": (2, 8),
+    "rq": (2, 8),
+    "lq": (2, 8),
+    "pwlq": (3, 8),
+    "shapeshifter": (2, 8),
+    "topk": (2, 8),
+}
+"""Fewest and most bits per value of the methods whose width can be chosen."""
+
+MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8
 """Rows are packed in groups of 8 values: 8 codes of b bits fill exactly b bytes."""
 
@@ -30,20 +58,49 @@ class CompressionConfig:
     """Options of the compressed expert all-to-all."""
 
     moe_a2a_compress: Method = "none"
-    """How the all-to-alls of the MoE layers are compressed. none: stock Megatron. birdmoe:
-    unbiased random quantization of all four wires (BirdMoE, DAC 2025)."""
+    """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
+    options below. birdmoe: unbiased random quantization with load-aware bits (BirdMoE, DAC 2025).
+    Any other name: that codec alone, rq being birdmoe's and identity sending rows unchanged."""
 
-    moe_a2a_bits: int = 6
-    """Bits per value on the wire, sign included: 2 to 8."""
+    moe_a2a_bits: int | None = None
+    """Bits per value on the wire, sign included: 2 to 8 (pwlq: 3 to 8; default: 6). With a bit
+    policy other than uniform, the average. Methods of a fixed width take none."""
+
+    moe_a2a_bit_policy: BitPolicy | None = None
+    """How many bits the rows between two ranks get. uniform: all the same. proportional: inversely
+    to the load of the receiver. optimal: the least quantization error for which no rank sends or
+    receives more than its share (default: optimal for birdmoe, uniform for others)."""
+
+    moe_a2a_min_bits: int | None = None
+    """Fewest bits that a bit policy may give (default: the method's fewest)."""
+
+    moe_a2a_max_bits: int | None = None
+    """Most bits that a bit policy may give (default: 8)."""
 
     moe_a2a_scale_per: ScalePer = "row"
-    """What shares one quantization scale: row, every row its own (4 bytes per row, robust to
-    outliers); chunk, all rows sent to one rank (as in the BirdMoE authors' snapshot)."""
+    """What shares one quantization scale of birdmoe and rq: row, every row its own (4 bytes per
+    row, robust to outliers); chunk, all rows sent to one rank (as in the BirdMoE authors'
+    snapshot)."""
 
     moe_a2a_wires: tuple[Wire, ...] = WIRES
     """Which wires are compressed, separated by spaces or commas: dispatch_fwd, combine_fwd,
     combine_bwd, dispatch_bwd (default: all four; nothing after the flag: none of them). The
     others carry their rows unchanged."""
+
+    moe_a2a_scope: Scope = "remote"
+    """Which rows are compressed: remote, all that leave their rank; inter-node, those that leave
+    their node, while rows between ranks of one node travel unchanged in the same message."""
+
+    moe_a2a_ranks_per_node: int | None = None
+    """Consecutive ranks that share a node, for inter-node (default: LOCAL_WORLD_SIZE)."""
+
+    moe_a2a_dedup: bool = False
+    """Send a token that has several experts on one rank once to that rank, and add up the experts'
+    outputs there. Exact up to the order of additions."""
+
+    moe_a2a_chunks: int = 1
+    """Pieces that each message is cut into, so that a piece is encoded and another decoded while
+    one is under way. Changes no result; 1: off."""
 
     moe_a2a_seed: int | None = None
     """Seed of the random rounding, 0 to 4294967295 (default: Megatron's --seed)."""
@@ -54,23 +111,101 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError where an option has a value that no run could use."""
-        _require_choice("moe_a2a_compress", self.moe_a2a_compress, get_args(Method))
-        _require_choice("moe_a2a_scale_per", self.moe_a2a_scale_per, get_args(ScalePer))
-        if not MIN_BITS <= self.moe_a2a_bits <= MAX_BITS:
-            raise ValueError(
-                f"--moe-a2a-bits={self.moe_a2a_bits}: a code has {MIN_BITS} to {MAX_BITS} bits, "
-                f"sign included. Use {MIN_BITS} to {MAX_BITS}, or --moe-a2a-compress=none to send "
-                "rows uncompressed."
-            )
-        if self.moe_a2a_seed is not None and not 0 <= self.moe_a2a_seed < 2**32:
-            raise ValueError(
-                f"--moe-a2a-seed={self.moe_a2a_seed}: the seed is a 32-bit unsigned number. "
-                "Use a value from 0 to 4294967295."
-            )
+        for name, choices in (
+            ("moe_a2a_compress", get_args(Method)),
+            ("moe_a2a_scale_per", get_args(ScalePer)),
+            ("moe_a2a_scope", get_args(Scope)),
+        ):
+            _require_choice(name, getattr(self, name), choices)
+        if self.moe_a2a_bit_policy is not None:
+            _require_choice("moe_a2a_bit_policy", self.moe_a2a_bit_policy, get_args(BitPolicy))
         wires = tuple(name for item in self.moe_a2a_wires for name in item.split(",") if name)
         for name in wires:
             _require_choice("moe_a2a_wires", name, WIRES)
         object.__setattr__(self, "moe_a2a_wires", tuple(w for w in WIRES if w in wires))
+        for name, low, high in (
+            ("moe_a2a_seed", 0, 2**32 - 1),
+            ("moe_a2a_chunks", 1, MAX_CHUNKS),
+            ("moe_a2a_ranks_per_node", 1, 2**31 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"{_flag(name)}={value}: out of range. Use a value from {low} to {high}."
+                )
+        if self.enabled:
+            self._resolve_bits()
+            self._check_method()
+
+    def _resolve_bits(self) -> None:
+        """Fills in the bits and the policy that were not given, and refuses unusable ones."""
+        method = f"--moe-a2a-compress={self.moe_a2a_compress}"
+        if self.moe_a2a_compress not in BITS_RANGE:
+            for name in ("bits", "bit_policy", "min_bits", "max_bits"):
+                value = getattr(self, f"moe_a2a_{name}")
+                if value is not None:
+                    raise ValueError(
+                        f"{_flag(f'moe_a2a_{name}')}={value}: {method} has a fixed width. Drop the "
+                        f"option, or use a method of variable width: {', '.join(BITS_RANGE)}."
+                    )
+            object.__setattr__(self, "moe_a2a_bit_policy", "uniform")
+            return
+        default = "optimal" if self.moe_a2a_compress == "birdmoe" else "uniform"
+        policy = self.moe_a2a_bit_policy or default
+        object.__setattr__(self, "moe_a2a_bit_policy", policy)
+        fewest, most = BITS_RANGE[self.moe_a2a_compress]
+        limits = {"moe_a2a_min_bits": fewest, "moe_a2a_max_bits": most}
+        for name, value in ({"moe_a2a_bits": DEFAULT_BITS} | limits).items():
+            given = getattr(self, name)
+            if given is None:
+                if name not in limits or policy != "uniform":
+                    object.__setattr__(self, name, value)
+            elif not fewest <= given <= most:
+                raise ValueError(
+                    f"{_flag(name)}={given}: a code of {method} has {fewest} to {most} bits, sign "
+                    f"included. Use {fewest} to {most}, or --moe-a2a-compress=none to send rows "
+                    "uncompressed."
+                )
+            elif name in limits and policy == "uniform":
+                raise ValueError(
+                    f"{_flag(name)}={given}: with the uniform policy every row has --moe-a2a-bits. "
+                    "Drop the option, or use --moe-a2a-bit-policy=optimal or proportional."
+                )
+        if policy == "uniform":
+            return
+        low, bits, high = self.moe_a2a_min_bits, self.moe_a2a_bits, self.moe_a2a_max_bits
+        if not low <= bits <= high:
+            raise ValueError(
+                f"--moe-a2a-bits={bits}: the average must lie between --moe-a2a-min-bits={low} and "
+                f"--moe-a2a-max-bits={high}. Use {low} to {high}, or widen the limits."
+            )
+
+    def _check_method(self) -> None:
+        """Refuses options that the chosen method does not have."""
+        method = f"--moe-a2a-compress={self.moe_a2a_compress}"
+        per_chunk = self.moe_a2a_scale_per == "chunk"
+        if per_chunk and self.moe_a2a_compress not in ("birdmoe", "rq"):
+            raise ValueError(
+                f"--moe-a2a-scale-per=chunk: {method} does not choose what shares a scale. Drop "
+                "the option, or use --moe-a2a-compress=birdmoe or rq."
+            )
+        if self.moe_a2a_chunks > 1 and (per_chunk or self.moe_a2a_compress == "lq"):
+            cause = "--moe-a2a-scale-per=chunk" if per_chunk else method
+            remedy = "--moe-a2a-scale-per=row" if per_chunk else "another method"
+            raise ValueError(
+                f"--moe-a2a-chunks={self.moe_a2a_chunks}: {cause} has one scale for all rows sent "
+                f"to a rank, so a message cannot be cut. Use --moe-a2a-chunks=1, or {remedy}."
+            )
+        if self.moe_a2a_scope == "inter-node" and self.moe_a2a_ranks_per_node is None:
+            raise ValueError(
+                "--moe-a2a-scope=inter-node: which ranks share a node is not known, as "
+                "LOCAL_WORLD_SIZE is not set. Set --moe-a2a-ranks-per-node, or start with torchrun."
+            )
+        if self.moe_a2a_scope == "remote" and self.moe_a2a_ranks_per_node is not None:
+            raise ValueError(
+                f"--moe-a2a-ranks-per-node={self.moe_a2a_ranks_per_node}: rows are compressed "
+                "within a node, too. Drop the option, or use --moe-a2a-scope=inter-node."
+            )
 
     @property
     def enabled(self) -> bool:
@@ -90,11 +225,17 @@ class CompressionConfig:
         if not self.enabled:
             return
         method = f"--moe-a2a-compress={self.moe_a2a_compress}"
-        for rule in _MODEL_RULES:
+        for rule in _MODEL_RULES + (_DEDUP_RULES if self.moe_a2a_dedup else ()):
             value = getattr(options, rule.option, rule.allowed[0])
             if value not in rule.allowed:
                 flag = _flag(rule.option) if value is True else f"{_flag(rule.option)}={value}"
                 raise ValueError(f"{flag}: {method} {rule.why}. {rule.remedy}.")
+        world_size, per_node = getattr(options, "world_size", None), self.moe_a2a_ranks_per_node
+        if world_size and per_node and world_size % per_node:
+            raise ValueError(
+                f"--moe-a2a-ranks-per-node={per_node}: {world_size} ranks cannot be divided into "
+                f"nodes of {per_node}. Use a divisor of {world_size}."
+            )
         latent = getattr(options, "moe_latent_size", None)
         option, size = (
             ("--moe-latent-size", latent) if latent else ("--hidden-size", options.hidden_size)
@@ -165,6 +306,15 @@ _MODEL_RULES = (
         (None,),
         "needs the row counts that a rank capacity of the fused dispatchers hides",
         "Drop the option, or bound the load with --moe-expert-capacity-factor",
+    ),
+)
+
+_DEDUP_RULES = (
+    _ModelRule(
+        "moe_pad_expert_input_to_capacity",
+        (False,),
+        "with --moe-a2a-dedup sends each token once, which padding every expert's rows contradicts",
+        "Drop the option, or --moe-a2a-dedup",
     ),
 )
 

@@ -56,7 +56,7 @@ class Route:
     received: Direction
     """Its own entries equal those of `sent`."""
     plain: tuple[bool, ...]
-    """Ranks that rows are exchanged with uncompressed, whatever the codec."""
+    """Ranks that rows are exchanged with uncompressed, whatever the codec; this one always."""
 
     def reversed(self) -> "Route":
         """Returns the way back."""
@@ -75,15 +75,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
-def ranks_on_this_node(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[bool, ...]:
-    """Returns which ranks of the group run on the same node as this process.
+def nodes_of_ranks(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[int, ...]:
+    """Returns the node of every rank of the group.
 
     Args:
         group: process group.
         ranks_per_node: consecutive ranks of the run that share a node.
     """
-    own = dist.get_rank() // ranks_per_node
-    return tuple(r // ranks_per_node == own for r in dist.get_process_group_ranks(group))
+    return tuple(rank // ranks_per_node for rank in dist.get_process_group_ranks(group))
 
 
 def exchange(
@@ -207,7 +206,12 @@ def _send(
         raw_bytes=4 * pairs * (rows.shape[1] + (probs is not None)),
         wire_bytes=wire_bytes,
     )
-    stats.add_rows(message.wire, pairs, sum(route.sent.rows) - route.sent.rows[route.rank])
+    bits = []
+    if not isinstance(message.codec, Identity):
+        links = zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
+        bits = [(rows, bits) for rows, bits, plain in links if not plain]
+    num_rows = sum(_without_own(route.sent.rows, route.rank))
+    stats.add_rows(message.wire, pairs, num_rows, bits)
     results = [b.all_arrived() for b in beside]
     return (
         arrived_rows,

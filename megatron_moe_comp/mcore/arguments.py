@@ -3,6 +3,7 @@
 Together with the entry scripts this is the only module that sees Megatron's global arguments.
 """
 
+import os
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -47,6 +48,9 @@ def compression_config_from_args(args: Namespace) -> CompressionConfig:
     values["moe_a2a_wires"] = tuple(values["moe_a2a_wires"])
     if values["moe_a2a_seed"] is None:
         values["moe_a2a_seed"] = args.seed
+    if values["moe_a2a_scope"] == "inter-node" and values["moe_a2a_ranks_per_node"] is None:
+        ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE")
+        values["moe_a2a_ranks_per_node"] = int(ranks_per_node) if ranks_per_node else None
     config = CompressionConfig(**values)
     if config.enabled and args.num_experts is None:
         raise ValueError(

@@ -11,10 +11,9 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore.token_dispatcher import (
-    CompressedAlltoAllTokenDispatcher,
-    CountedAlltoAllTokenDispatcher,
-)
+from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.dedup_token_dispatcher import DedupAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher
 
 
 class CompressedMoELayer(MoELayer):
@@ -45,7 +44,12 @@ class CompressedMoELayer(MoELayer):
         dispatcher_args = (self.num_local_experts, self.local_expert_indices, self.config)
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
         if compression.enabled:
-            self.token_dispatcher = CompressedAlltoAllTokenDispatcher(
+            dispatcher = (
+                DedupAlltoAllTokenDispatcher
+                if compression.moe_a2a_dedup
+                else CompressedAlltoAllTokenDispatcher
+            )
+            self.token_dispatcher = dispatcher(
                 *dispatcher_args, groups, compression=compression, step=step
             )
         else:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.comm.all_to_all import sum_over_ranks
-from megatron_moe_comp.comm_stats import NUM_COLUMNS, summarize
+from megatron_moe_comp.comm_stats import Column, summarize
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
@@ -57,7 +57,7 @@ class StatsLogger:
             print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
             self._check_json_path()
         self._num_layers = model_config.transformer.num_layers
-        self._logged = torch.zeros(len(WIRES), NUM_COLUMNS, dtype=torch.float64)
+        self._logged = torch.zeros(len(WIRES), len(Column), dtype=torch.float64)
         model_config.post_wrap_hooks.append(self._collect_layers)
         model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
 
@@ -95,7 +95,7 @@ class StatsLogger:
 
     def _totals(self) -> torch.Tensor:
         """Returns the counters of all layers, summed over ranks: [layers, wires, columns]."""
-        totals = torch.zeros(self._num_layers, len(WIRES), NUM_COLUMNS, dtype=torch.float64)
+        totals = torch.zeros(self._num_layers, len(WIRES), len(Column), dtype=torch.float64)
         for layer in self._layers:
             totals[layer.layer_number - 1] += layer.stats.totals()
         return sum_over_ranks(totals)

@@ -1,89 +1,60 @@
-"""Megatron's all-to-all token dispatcher, counted (none) or compressed (every other method).
+"""Megatron's all-to-all token dispatcher with its four wires compressed.
 
-The dispatcher of one layer owns the layer's CommStats. N: rows of (token, expert) pairs on one
-rank before the dispatch, M after it; H: hidden size.
+N: rows of (token, expert) pairs on one rank before the dispatch, M after it; H: hidden size; P:
+ranks of the expert-parallel group.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
-from megatron_moe_comp.comm.all_to_all import Message, Route, compressed_all_to_all, global_rank
-from megatron_moe_comp.comm_stats import CommStats
+from megatron_moe_comp.comm.all_to_all import (
+    Direction,
+    Message,
+    Route,
+    compressed_all_to_all,
+    global_rank,
+    nodes_of_ranks,
+)
+from megatron_moe_comp.compression.bit_allocation import allocate_bits, most_loaded
 from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.codecs.identity import Identity
-from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.random_stream import (
     ForwardPass,
     ForwardPassCounter,
     TrainingStep,
 )
 from megatron_moe_comp.config import CompressionConfig, Wire
+from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 
 SAMPLE_INTERVAL = 10
 """Iterations from one measurement of the quantization error to the next."""
 
 
-class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """Stock dispatcher that counts the bytes of its all-to-alls and computes nothing of its own.
+@dataclass(frozen=True)
+class Links:
+    """What every rank of the group sends to every other in one dispatch: [P, P], on the CPU."""
 
-    The counts come from the splits that the stock code hands to the collective: forward when it
-    does, backward when the gradient arrives.
-    """
+    rows: torch.Tensor
+    pairs: torch.Tensor
+    """(token, expert) pairs that the rows stand for."""
+    bits: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(*args, **kwargs)
-        self.stats = CommStats()
-
-    def start_pass(self, layer_number: int, *, training: bool) -> None:
-        """Prepares the next dispatch: evaluation is not counted."""
-        self.stats.counting = training
-
-    def route(self, num_rows: int) -> Route:
-        """Returns the way from tokens to experts of the `num_rows` rows being dispatched."""
-        if self.input_splits is None:  # padded to capacity: every rank gets as many
-            equal = (num_rows // self.ep_size,) * self.ep_size
-            return Route(self.ep_group, self.ep_rank, equal, equal)
+    def route(self, dispatcher: "CompressedAlltoAllTokenDispatcher") -> Route:
+        """Returns the way from tokens to experts, as this rank sees it."""
+        rank, table = dispatcher.ep_rank, (self.rows, self.bits, self.pairs)
         return Route(
-            self.ep_group, self.ep_rank, _as_ints(self.input_splits), _as_ints(self.output_splits)
+            dispatcher.ep_group,
+            rank,
+            Direction(*(tuple(matrix[rank].tolist()) for matrix in table)),
+            Direction(*(tuple(matrix[:, rank].tolist()) for matrix in table)),
+            tuple(dispatcher.plain_links[rank].tolist()),
         )
-
-    def token_dispatch(
-        self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns rows [M, H] and probabilities [M] of this rank's experts, as stock does."""
-        rows, probs = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
-        if self.ep_size > 1:
-            route = self.route(len(permutated_local_input_tokens))
-            for sent, received in (
-                (permutated_local_input_tokens, rows),
-                (permuted_probs, probs),
-            ):
-                self._count("dispatch_fwd", route, sent)
-                self._count_gradient("dispatch_bwd", route.reversed(), received)
-        return rows, probs
-
-    def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        """Returns the experts' outputs [N, H] for this rank's tokens, as stock does."""
-        rows = super().token_combine(hidden_states, *args, **kwargs)
-        if self.ep_size > 1:
-            route = self.route(len(rows))
-            self._count("combine_fwd", route.reversed(), hidden_states)
-            self._count_gradient("combine_bwd", route, rows)
-        return rows
-
-    def _count(self, wire: Wire, route: Route, values: torch.Tensor) -> None:
-        sent = sum(route.input_splits) - route.input_splits[route.rank]
-        numbers = sent * math.prod(values.shape[1:])
-        self.stats.add_bytes(wire, 4 * numbers, values.dtype.itemsize * numbers)
-
-    def _count_gradient(self, wire: Wire, route: Route, received: torch.Tensor) -> None:
-        if received.requires_grad:
-            received.register_hook(lambda grad: self._count(wire, route, grad))
 
 
 @dataclass(frozen=True)
@@ -91,6 +62,7 @@ class DispatchState:
     """What combine needs to know of the dispatch before it."""
 
     route: Route
+    links: Links
     forward_pass: ForwardPass
 
 
@@ -102,6 +74,9 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         step: returns the current training step.
         args: of MoEAlltoAllTokenDispatcher.
         kwargs: of MoEAlltoAllTokenDispatcher.
+
+    Raises:
+        ValueError: only rows between nodes are to be compressed, and there are none.
     """
 
     def __init__(
@@ -114,11 +89,28 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         super().__init__(*args, **kwargs)
         self._compression = compression
         self._step = step
-        self._codec: Codec = RandomQuantization(scale_per=compression.moe_a2a_scale_per)
+        self._codec: Codec = codec_of(compression)
         self._passes = ForwardPassCounter()
         self._forward_pass: ForwardPass | None = None
         self._layer_number = 0
         self._dispatched: DispatchState | None = None
+        self._counts: torch.Tensor | None = None
+        self.plain_links = self._make_plain_links()
+
+    def _make_plain_links(self) -> torch.Tensor:
+        """Returns which ranks exchange rows uncompressed, bool [P, P]."""
+        per_node = self._compression.moe_a2a_ranks_per_node
+        if self._compression.moe_a2a_scope == "remote":
+            return torch.eye(self.ep_size, dtype=torch.bool)
+        nodes = torch.tensor(nodes_of_ranks(self.ep_group, per_node))
+        plain = nodes[:, None] == nodes
+        if self.ep_size > 1 and plain.all():
+            raise ValueError(
+                f"--moe-a2a-scope=inter-node: all {self.ep_size} expert-parallel ranks are on one "
+                f"node of {per_node} ranks, so nothing would be compressed. Use "
+                "--moe-a2a-scope=remote, or name smaller nodes with --moe-a2a-ranks-per-node."
+            )
+        return plain
 
     def start_pass(self, layer_number: int, *, training: bool) -> None:
         """Gives the next dispatch its place in the training, from which its random bits follow.
@@ -133,6 +125,86 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
             self._step(), training=training, with_grad=torch.is_grad_enabled()
         )
 
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of each local expert and sets what stock's preprocess sets.
+
+        Stock gathers the counts of all ranks and keeps those of its own experts. Load-aware bits
+        need all of them, so this gathers as stock does, in one collective, and keeps the rest too.
+
+        Args:
+            routing_map: bool [tokens, experts].
+        """
+        if self.drop_and_pad or self.ep_size == 1:
+            return super().preprocess(routing_map)
+        tp, ep, num_local = self.tp_size, self.ep_size, self.num_local_experts
+        own_counts = routing_map.sum(dim=0).long()
+        # [tp, ep, experts and what _extra_counts adds]
+        counts = (
+            gather_from_sequence_parallel_region(
+                torch.cat((own_counts, self._extra_counts(routing_map))), group=self.tp_ep_group
+            )
+            .reshape(ep, tp, -1)
+            .transpose(0, 1)
+        )
+        self._counts = counts[self.tp_rank]
+        config = self.config
+        if (
+            config.moe_expert_capacity_factor is not None
+            or config.moe_router_padding_for_quantization
+        ):
+            self.num_out_tokens = own_counts.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
+        else:
+            self.num_out_tokens = routing_map.size(0) * config.moe_router_topk
+        first = self.local_expert_indices[0]
+        local_counts = counts[:, :, first : first + num_local].contiguous()  # [tp, ep, local]
+        received = local_counts.sum(dim=2)
+        self.input_splits = own_counts.view(ep, num_local).sum(dim=1)
+        self.output_splits = received[self.tp_rank]
+        self.output_splits_tp = received.sum(dim=1)
+        self._maybe_update_cuda_sync_point("before_ep_alltoall")
+        if num_local > 1:
+            self.num_global_tokens_per_local_expert = local_counts.view(-1, num_local)
+            if not config.moe_permute_fusion:
+                self._maybe_update_cuda_sync_point("before_permutation_2")
+        return local_counts.sum(dim=(0, 1))
+
+    def _extra_counts(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Returns what else every rank must know of this one's rows, int64 [any]."""
+        return routing_map.new_empty(0, dtype=torch.int64)
+
+    def _maybe_dtoh_and_synchronize(
+        self, point: str, tokens_per_expert: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Moves the counts of all ranks to the CPU together with what stock moves."""
+        counts = self._counts
+        if point == self.cuda_dtoh_point and counts is not None and counts.is_cuda:
+            # The event that stock records after its own copies covers this one, too.
+            self.cuda_dtoh_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.cuda_dtoh_stream):
+                self._counts = maybe_move_tensor_to_cpu(counts, record_stream=True)
+        return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
+
+    def _links(self) -> Links:
+        """Returns what all ranks send to each other, from the counts they gathered."""
+        ep, num_local = self.ep_size, self.num_local_experts
+        if self.drop_and_pad:
+            pairs = torch.full((ep, ep), self.capacity * num_local)
+        else:
+            pairs = self._counts[:, : self.num_experts].reshape(ep, ep, num_local).sum(dim=2)
+        return self._with_bits(pairs, pairs)
+
+    def _with_bits(self, rows: torch.Tensor, pairs: torch.Tensor) -> Links:
+        config = self._compression
+        bits = allocate_bits(
+            rows.masked_fill(self.plain_links, 0),
+            config.moe_a2a_bit_policy,
+            target_bits=config.moe_a2a_bits or 0,
+            min_bits=config.moe_a2a_min_bits or 0,
+            max_bits=config.moe_a2a_max_bits or 0,
+        )
+        return Links(rows, pairs, bits)
+
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,17 +214,18 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         )
         if self.ep_size == 1:
             return permutated_local_input_tokens, permuted_probs
+        rows, probs, _ = self._dispatch(permutated_local_input_tokens, permuted_probs, None)
+        return rows, probs
+
+    def _dispatch(
+        self, rows: torch.Tensor, probs: torch.Tensor, masks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
-        route = self.route(len(permutated_local_input_tokens))
-        self._dispatched = DispatchState(route, self._forward_pass)
+        links = self._links()
+        route = links.route(self)
+        self._dispatched = DispatchState(route, links, self._forward_pass)
         self._forward_pass = None
-        return compressed_all_to_all(
-            permutated_local_input_tokens,
-            permuted_probs,
-            route,
-            (self._message("dispatch_fwd"), self._message("dispatch_bwd")),
-            self.stats,
-        )
+        return self._exchange(rows, probs, masks, route, ("dispatch_fwd", "dispatch_bwd"))
 
     def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Returns the experts' outputs [N, H] for this rank's tokens.
@@ -161,15 +234,23 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         """
         if self.ep_size == 1:
             return hidden_states
-        rows, _ = compressed_all_to_all(
-            hidden_states,
-            None,
-            self._dispatched.route.reversed(),
-            (self._message("combine_fwd"), self._message("combine_bwd")),
-            self.stats,
-        )
+        back = self._dispatched.route.reversed()
+        rows, *_ = self._exchange(hidden_states, None, None, back, ("combine_fwd", "combine_bwd"))
         self._dispatched = None
         return rows
+
+    def _exchange(
+        self,
+        rows: torch.Tensor,
+        probs: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        route: Route,
+        wires: tuple[Wire, Wire],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        for wire in wires if torch.is_grad_enabled() else wires[:1]:
+            self._count_load(wire, rows)
+        messages = tuple(map(self._message, wires))
+        return compressed_all_to_all(rows, probs, masks, route, messages, self.stats)
 
     def _message(self, wire: Wire) -> Message:
         config, forward_pass = self._compression, self._dispatched.forward_pass
@@ -177,19 +258,38 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         return Message(
             wire=wire,
             codec=self._codec if compressed else Identity(),
-            num_bits=config.moe_a2a_bits,
             random=forward_pass.stream(
                 seed=config.moe_a2a_seed or 0,
                 rank=global_rank(),
                 layer=self._layer_number,
                 wire=wire,
             ),
+            num_pieces=config.moe_a2a_chunks,
             measure_error=compressed
             and forward_pass.training
             and forward_pass.index == 0
             and forward_pass.iteration % SAMPLE_INTERVAL == 0,
         )
 
+    def _count_load(self, wire: Wire, like: torch.Tensor) -> None:
+        """Counts the bytes of the rank that sends or receives most; the way back is the mirror."""
+        links, hidden_size = self._dispatched.links, like.shape[1]
+        codec = self._codec if wire in self._compression.moe_a2a_wires else Identity()
 
-def _as_ints(splits: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(n) for n in splits)
+        def row_bytes(codec: Codec, num_bits: int) -> int:
+            sections = codec.sections(hidden_size, like.dtype, num_bits)
+            return sum(section.row_bytes for section in sections)
+
+        def load(bits: torch.Tensor) -> int:
+            sizes = torch.full_like(bits, row_bytes(Identity(), 0))
+            for num_bits in bits.unique().tolist():
+                chosen = (bits == num_bits) & ~self.plain_links
+                sizes[chosen] = row_bytes(codec, num_bits)
+            return most_loaded(links.rows * sizes)
+
+        self.stats.add_load(
+            wire,
+            raw=most_loaded(links.pairs * 4 * hidden_size),
+            uniform=load(torch.full_like(links.bits, self._compression.moe_a2a_bits or 0)),
+            sent=load(links.bits),
+        )

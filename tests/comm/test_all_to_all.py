@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm import all_to_all
-from megatron_moe_comp.comm.all_to_all import Message, Route, compressed_all_to_all
-from megatron_moe_comp.comm_stats import NOISE, RAW, SIGNAL, WIRE, CommStats
-from megatron_moe_comp.compression.codec import RowFormat
+from megatron_moe_comp.comm.all_to_all import Direction, Message, Route, compressed_all_to_all
+from megatron_moe_comp.comm_stats import Column, CommStats
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
+from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import WIRES
 
@@ -31,58 +31,66 @@ LOADS = {
 WIRE_PAIRS = [("dispatch_fwd", "dispatch_bwd"), ("combine_fwd", "combine_bwd")]
 
 
-def make_route(rank, counts):
+def make_route(rank, counts, num_bits=6, ranks_per_node=1):
+    """`num_bits` is the same for all links, or "mixed": 2 to 8, by sender and receiver."""
     size = dist.get_world_size()
+    counts = torch.tensor(counts)[:size, :size]
+    bits = torch.full_like(counts, 0 if num_bits == "mixed" else num_bits)
+    if num_bits == "mixed":
+        bits = 2 + (3 * torch.arange(size)[:, None] + torch.arange(size)) % 7
+    nodes = torch.arange(size) // ranks_per_node
     return Route(
         dist.group.WORLD,
         rank,
-        tuple(counts[rank][:size]),
-        tuple(row[rank] for row in counts[:size]),
+        Direction(*(tuple(m[rank].tolist()) for m in (counts, bits, counts))),
+        Direction(*(tuple(m[:, rank].tolist()) for m in (counts, bits, counts))),
+        tuple((nodes == nodes[rank]).tolist()),
     )
 
 
 def make_rows(rank, route, dtype):
     """Rows of magnitudes that differ by rank: 1, 8, 64, ..."""
     generator = torch.Generator().manual_seed(rank)
-    num_rows = sum(route.input_splits)
+    num_rows = sum(route.sent.rows)
     rows = torch.randn(num_rows, HIDDEN, generator=generator) * 8.0**rank
     probs = torch.rand(num_rows, generator=generator)
     return rows.to(dtype).requires_grad_(), probs.requires_grad_()
 
 
-def message(wire, codec, rank, num_bits):
+def message(wire, codec, rank, pieces=1):
     random = RandomStream(key=rank, offset=0, stream=WIRES.index(wire))
-    return Message(wire, codec, num_bits, random, measure_error=True)
+    return Message(wire, codec, random, pieces, measure_error=True)
 
 
 def plain_all_to_all(values, route):
-    out = values.new_empty((sum(route.output_splits), *values.shape[1:]))
-    dist.all_to_all_single(out, values, list(route.output_splits), list(route.input_splits))
+    received, sent = list(route.received.rows), list(route.sent.rows)
+    out = values.new_empty((sum(received), *values.shape[1:]))
+    dist.all_to_all_single(out, values.contiguous(), received, sent)
     return out
 
 
-def expected(values, route, codec, num_bits, random):
-    """What should arrive: own rows exact, others decoded by their sender, sent uncompressed."""
-    first = sum(route.input_splits[: route.rank])
-    own = slice(first, first + route.input_splits[route.rank])
-    remote = torch.cat((values[: own.start], values[own.stop :]))
-    splits = list(route.input_splits)
-    splits[route.rank] = 0
-    row_format = RowFormat(HIDDEN, values.dtype, num_bits)
-    decoded = codec.decode(codec.encode(remote, splits, row_format, random), splits, row_format)
-    return plain_all_to_all(
-        torch.cat((decoded[: own.start], values[own], decoded[own.start :])), route
-    )
+def expected(values, route, codec, random):
+    """What should arrive: own and plain rows exact, others as their sender decodes them."""
+    decoded = values.clone()
+    peers = [
+        Peer(rows, bits, Identity() if plain else codec)
+        for rows, bits, plain in zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
+    ]
+    packet = Packet.plan(peers, route.rank, values)
+    packet.decode(packet.encode(values, (), random), decoded, ())
+    return plain_all_to_all(decoded, route)
 
 
-def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs):
-    route, codec, stats = make_route(rank, LOADS[load]), CODECS[codec_name], CommStats()
-    forward, backward = (message(wire, codec, rank, num_bits) for wire in wires)
+def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs, pieces=1, per_node=1):
+    route = make_route(rank, LOADS[load], num_bits, per_node)
+    codec, stats = CODECS[codec_name], CommStats()
+    forward, backward = (message(wire, codec, rank, pieces) for wire in wires)
     rows, probs = make_rows(rank, route, dtype)
-    got, got_probs = compressed_all_to_all(
-        rows, probs if with_probs else None, route, (forward, backward), stats
+    got, got_probs, got_masks = compressed_all_to_all(
+        rows, probs if with_probs else None, None, route, (forward, backward), stats
     )
-    want = expected(rows.detach(), route, codec, num_bits, forward.random)
+    assert got_masks is None
+    want = expected(rows.detach(), route, codec, forward.random)
     assert got.dtype == dtype
     assert torch.equal(got, want), (got - want).abs().max()
 
@@ -96,22 +104,27 @@ def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs):
         loss = loss.float() + (got_probs * prob_weights).sum()
     loss.backward()
     back = route.reversed()
-    assert torch.equal(rows.grad, expected(weights, back, codec, num_bits, backward.random))
+    assert torch.equal(rows.grad, expected(weights, back, codec, backward.random))
     if with_probs:
         assert torch.equal(probs.grad, plain_all_to_all(prob_weights, back))
     else:
         assert probs.grad is None
 
-    sent = sum(route.input_splits) - route.input_splits[rank]
-    returned = sum(route.output_splits) - route.output_splits[rank]
+    sent = sum(route.sent.rows) - route.sent.rows[rank]
+    returned = sum(route.received.rows) - route.received.rows[rank]
     totals = dict(zip(WIRES, stats.totals(), strict=True))
-    assert totals[wires[0]][RAW] == 4 * sent * (HIDDEN + with_probs)
-    assert totals[wires[1]][RAW] == 4 * returned * (HIDDEN + with_probs)
-    if sent and codec_name == "rq-row" and dtype == torch.float32:
-        own = slice(sum(route.input_splits[:rank]), sum(route.input_splits[: rank + 1]))
-        signal = rows.detach().square().sum() - rows.detach()[own].square().sum()
-        assert totals[wires[0]][SIGNAL] == pytest.approx(signal.item(), rel=1e-5)
-        assert totals[wires[0]][NOISE] > 0
+    for wire, count in zip(wires, (sent, returned), strict=True):
+        assert totals[wire][Column.RAW] == 4 * count * (HIDDEN + with_probs)
+        assert totals[wire][Column.PAIRS] == totals[wire][Column.ROWS] == count
+    links = list(zip(route.sent.rows, route.sent.bits, route.plain, strict=True))
+    coded = [(n, bits) for n, bits, plain in links if not plain and codec_name != "identity"]
+    assert totals[wires[0]][Column.CODED_ROWS] == sum(n for n, _ in coded)
+    assert totals[wires[0]][Column.ROW_BITS] == sum(n * bits for n, bits in coded)
+    if codec_name == "rq-row" and dtype == torch.float32:
+        squares = rows.detach().square().sum(dim=1).split(route.sent.rows)
+        signal = sum(s.sum() for s, (_, _, plain) in zip(squares, links, strict=True) if not plain)
+        assert totals[wires[0]][Column.SIGNAL] == pytest.approx(float(signal), rel=1e-5)
+        assert (totals[wires[0]][Column.NOISE] > 0) == bool(coded and signal > 0)
 
 
 @pytest.mark.parametrize("wires", WIRE_PAIRS, ids="/".join)
@@ -127,49 +140,125 @@ def test_every_width_and_dtype(pool, num_bits, dtype):
     pool.run(roundtrip, "unequal", "rq-row", num_bits, dtype, WIRE_PAIRS[0], True)
 
 
-def count_bytes(rank, load, codec_name, with_probs):
+@pytest.mark.parametrize("pieces", [2, 5, 64])
+@pytest.mark.parametrize("codec_name", ["identity", "rq-row"])
+@pytest.mark.parametrize("load", LOADS)
+def test_pieces_change_nothing(pool, load, codec_name, pieces):
+    args = (load, codec_name, "mixed", torch.float32, WIRE_PAIRS[0], True, pieces)
+    pool.run(roundtrip, *args)
+
+
+@pytest.mark.parametrize("codec_name", CODECS)
+@pytest.mark.parametrize("load", LOADS)
+def test_every_link_has_its_own_bits(pool, load, codec_name):
+    pool.run(roundtrip, load, codec_name, "mixed", torch.bfloat16, WIRE_PAIRS[1], False)
+
+
+@pytest.mark.parametrize("codec_name", CODECS)
+@pytest.mark.parametrize("load", LOADS)
+def test_rows_within_a_node_travel_unchanged(pool, load, codec_name):
+    pool.run(roundtrip, load, codec_name, 3, torch.float32, WIRE_PAIRS[0], True, 1, 2)
+
+
+def shared_rows(rank, pieces):
+    """Rows that stand for several pairs: probabilities per pair, masks per row."""
+    size = dist.get_world_size()
+    counts = torch.tensor(LOADS["unequal"])[:size, :size]
+    pairs = (
+        counts
+        * torch.tensor([[1, 2, 3, 1], [2, 1, 1, 4], [3, 3, 1, 1], [1, 1, 2, 2]])[:size, :size]
+    )
+    bits = torch.full_like(counts, 4)
+    route = Route(
+        dist.group.WORLD,
+        rank,
+        Direction(*(tuple(m[rank].tolist()) for m in (counts, bits, pairs))),
+        Direction(*(tuple(m[:, rank].tolist()) for m in (counts, bits, pairs))),
+        tuple(r == rank for r in range(size)),
+    )
+    rows = torch.randn(sum(route.sent.rows), HIDDEN, requires_grad=True)
+    probs = torch.rand(sum(route.sent.pairs), requires_grad=True)
+    masks = torch.randint(0, 256, (len(rows), 3), dtype=torch.uint8)
+    messages = tuple(message(w, CODECS["identity"], rank, pieces) for w in WIRE_PAIRS[0])
+    stats = CommStats()
+    got = compressed_all_to_all(rows, probs, masks, route, messages, stats)
+    by_pair = Route(
+        route.group,
+        rank,
+        *(Direction(d.pairs, d.bits, d.pairs) for d in (route.sent, route.received)),
+        route.plain,
+    )
+    for values, arrived, way in zip(
+        (rows, probs, masks), got, (route, by_pair, route), strict=True
+    ):
+        assert torch.equal(arrived, plain_all_to_all(values.detach(), way))
+    weights = torch.rand(len(got[1]))
+    (got[0].sum() + (got[1] * weights).sum()).backward()
+    assert (rows.grad == 1).all()
+    assert torch.equal(probs.grad, plain_all_to_all(weights, by_pair.reversed()))
+    sent_pairs = sum(route.sent.pairs) - route.sent.pairs[rank]
+    totals = dict(zip(WIRES, stats.totals(), strict=True))["dispatch_fwd"]
+    assert totals[Column.RAW] == 4 * sent_pairs * (HIDDEN + 1)
+    assert totals[Column.PAIRS] == sent_pairs
+    assert totals[Column.ROWS] == sum(route.sent.rows) - route.sent.rows[rank]
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_rows_of_several_pairs_and_their_masks(pool, pieces):
+    pool.run(shared_rows, pieces)
+
+
+def count_bytes(rank, load, codec_name, with_probs, pieces):
     handed = []
     original = dist.all_to_all_single
 
-    def spy(output, buffer, output_splits, input_splits, group):
+    def spy(output, buffer, output_splits, input_splits, group, async_op):
         assert buffer.dtype == output.dtype == torch.uint8
         assert buffer.numel() == sum(input_splits)
         assert output.numel() == sum(output_splits)
         assert input_splits[rank] == output_splits[rank] == 0
         handed.append(buffer.numel())
-        return original(output, buffer, output_splits, input_splits, group=group)
+        return original(output, buffer, output_splits, input_splits, group=group, async_op=async_op)
 
     stats = CommStats()
     route = make_route(rank, LOADS[load])
     rows, probs = make_rows(rank, route, torch.float32)
-    messages = tuple(message(w, CODECS[codec_name], rank, 6) for w in WIRE_PAIRS[0])
+    messages = tuple(message(w, CODECS[codec_name], rank, pieces) for w in WIRE_PAIRS[0])
     dist.all_to_all_single = spy
     try:
-        got, _ = compressed_all_to_all(rows, probs if with_probs else None, route, messages, stats)
+        got, *_ = compressed_all_to_all(
+            rows, probs if with_probs else None, None, route, messages, stats
+        )
         got.sum().backward()
     finally:
         dist.all_to_all_single = original
     totals = dict(zip(WIRES, stats.totals(), strict=True))
-    return handed, [int(totals[wire][WIRE]) for wire in WIRE_PAIRS[0]]
+    return handed, [int(totals[wire][Column.WIRE]) for wire in WIRE_PAIRS[0]]
 
 
 @pytest.mark.parametrize("with_probs", [True, False])
 @pytest.mark.parametrize("codec_name", CODECS)
 @pytest.mark.parametrize("load", LOADS)
 def test_one_collective_per_wire_and_its_bytes_are_the_count(pool, load, codec_name, with_probs):
-    for handed, counted in pool.run(count_bytes, load, codec_name, with_probs):
+    for handed, counted in pool.run(count_bytes, load, codec_name, with_probs, 1):
         assert handed == counted
+
+
+def test_pieces_are_collectives_of_their_own_and_counted(pool):
+    for handed, counted in pool.run(count_bytes, "unequal", "rq-row", True, 3):
+        assert len(handed) == 6
+        assert [sum(handed[:3]), sum(handed[3:])] == counted
 
 
 def non_finite(rank, bad):
     route = make_route(rank, LOADS["balanced"])
-    rows = torch.ones(sum(route.input_splits), HIDDEN)
+    rows = torch.ones(sum(route.sent.rows), HIDDEN)
     if rank == 0:
         rows[:, 5] = bad
-    messages = tuple(message(w, CODECS["rq-row"], rank, 6) for w in WIRE_PAIRS[0])
-    got, _ = compressed_all_to_all(rows, None, route, messages, CommStats())
-    assert not got[: route.output_splits[0], 5].isfinite().any()
-    assert got[route.output_splits[0] :].isfinite().all()
+    messages = tuple(message(w, CODECS["rq-row"], rank) for w in WIRE_PAIRS[0])
+    got, *_ = compressed_all_to_all(rows, None, None, route, messages, CommStats())
+    assert not got[: route.received.rows[0], 5].isfinite().any()
+    assert got[route.received.rows[0] :].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -180,18 +269,27 @@ def test_non_finite_values_arrive_non_finite_and_harm_no_other_rank(pool, bad):
 def no_grad_mode(rank):
     route = make_route(rank, LOADS["unequal"])
     rows, probs = make_rows(rank, route, torch.float32)
-    messages = tuple(message(w, CODECS["rq-row"], rank, 6) for w in WIRE_PAIRS[0])
+    messages = tuple(message(w, CODECS["rq-row"], rank) for w in WIRE_PAIRS[0])
     with torch.no_grad():
-        plain = compressed_all_to_all(rows, probs, route, messages, CommStats())
-    with_grad = compressed_all_to_all(rows, probs, route, messages, CommStats())
+        plain = compressed_all_to_all(rows, probs, None, route, messages, CommStats())
+    with_grad = compressed_all_to_all(rows, probs, None, route, messages, CommStats())
     assert not plain[0].requires_grad
     assert with_grad[0].requires_grad
     assert with_grad[1].requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(plain, with_grad, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:2], with_grad[:2], strict=True))
 
 
 def test_recording_gradients_changes_no_value(pool):
     pool.run(no_grad_mode)
+
+
+def nodes(rank):
+    return all_to_all.nodes_of_ranks(dist.group.WORLD, 2)
+
+
+def test_nodes_of_ranks(pool):
+    results = pool.run(nodes)
+    assert set(results) == {(0, 0, 1, 1)[: len(results)]}
 
 
 def sum_ranks(rank):

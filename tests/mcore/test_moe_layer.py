@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_moe_comp.comm_stats import Column
 from megatron_moe_comp.config import WIRES, CompressionConfig
 
 HIDDEN, EXPERTS, TOKENS, BATCH = 64, 8, 24, 2
@@ -184,9 +186,108 @@ def recompute_repeats(rank, options):
     assert_same_bits(run(compressed(recomputing, **options), rank=rank), without)
 
 
-@pytest.mark.parametrize("num_bits", [2, 6])
-def test_recomputation_repeats_the_bits(megatron_pool, num_bits):
-    megatron_pool.run(recompute_repeats, {"moe_a2a_bits": num_bits})
+@pytest.mark.parametrize(
+    "options",
+    [{"moe_a2a_bits": 2}, {"moe_a2a_bits": 6}, {"moe_a2a_dedup": True}, {"moe_a2a_chunks": 3}],
+)
+def test_recomputation_repeats_the_bits(megatron_pool, options):
+    megatron_pool.run(recompute_repeats, options)
+
+
+def pieces_change_nothing(rank, options):
+    whole = run(compressed(make_config(), **options), rank=rank)
+    for pieces in (2, 7):
+        cut = compressed(make_config(), moe_a2a_chunks=pieces, **options)
+        assert_same_bits(run(cut, rank=rank), whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"moe_a2a_dedup": True}, {"method": "rq"}, {"method": "identity"}]
+)
+def test_pieces_change_nothing(megatron_pool, options):
+    megatron_pool.run(pieces_change_nothing, options)
+
+
+def preprocess_equals_stock(rank, model):
+    config = make_config(**MODELS[model])
+    ours, theirs = compressed(config).token_dispatcher, stock(config).token_dispatcher
+    generator = torch.Generator().manual_seed(rank)
+    for density in (0.0, 0.2, 1.0):
+        routing_map = torch.rand(TOKENS, EXPERTS, generator=generator) < density
+        results = [d.preprocess(routing_map) for d in (ours, theirs)]
+        assert torch.equal(*results)
+        for name in theirs.cudagraph_attrs:
+            mine, stocks = (getattr(d, name, None) for d in (ours, theirs))
+            assert type(mine) is type(stocks), name
+            assert (
+                torch.equal(torch.as_tensor(mine), torch.as_tensor(stocks))
+                if (stocks is not None)
+                else mine is None
+            ), name
+        assert ours.cuda_sync_point == theirs.cuda_sync_point
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_preprocess_equals_stocks(megatron_pool, model):
+    megatron_pool.run(preprocess_equals_stock, model)
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the names of the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(rank, options):
+    layer = compressed(make_config(), **options) if options else stock(make_config())
+    with Collectives() as found:
+        layer(torch.rand(TOKENS, BATCH, HIDDEN))
+    return [name for name in found.names if not name.startswith("alltoall")]
+
+
+def test_load_aware_bits_and_dedup_need_no_further_collective(megatron_pool):
+    stocks = megatron_pool.run(collectives, {})
+    assert any(stocks)
+    for options in ({"moe_a2a_bit_policy": "optimal"}, {"moe_a2a_dedup": True}):
+        assert megatron_pool.run(collectives, {"method": "birdmoe"} | options) == stocks
+
+
+def rows_within_a_node(rank):
+    """Nodes of two ranks; with four, only rows between the pairs are compressed."""
+    options = {"method": "rq", "moe_a2a_bits": 4}
+    layer = compressed(
+        make_config(), moe_a2a_scope="inter-node", moe_a2a_ranks_per_node=2, **options
+    )
+    everything = compressed(make_config(), **options)
+    ours, others = (run(chosen, rank=rank) for chosen in (layer, everything))
+    assert not torch.equal(ours[0], others[0])
+    inter_node, all_remote = (chosen.stats.totals().sum(dim=0) for chosen in (layer, everything))
+    assert 0 < inter_node[Column.CODED_ROWS] < all_remote[Column.CODED_ROWS]
+    assert inter_node[Column.ROWS] == all_remote[Column.ROWS] == all_remote[Column.CODED_ROWS]
+    assert inter_node[Column.RAW] > inter_node[Column.WIRE] > all_remote[Column.WIRE]
+
+
+def one_node(rank):
+    size = dist.get_world_size()
+    try:
+        compressed(make_config(), moe_a2a_scope="inter-node", moe_a2a_ranks_per_node=size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_inter_node_scope(megatron_pool):
+    messages = megatron_pool.run(one_node)
+    assert all("--moe-a2a-scope=inter-node: all" in message for message in messages)
+    if len(messages) == 4:
+        megatron_pool.run(rows_within_a_node)
 
 
 def same_seed_same_bits(rank):
@@ -224,7 +325,7 @@ def test_the_layer_is_unbiased(megatron_pool):
     megatron_pool.run(mean_over_iterations, 60)
 
 
-def counts(rank, method):
+def counts(rank, method, **options):
     """Counted bytes against those handed to torch.distributed."""
     handed = []
     original = dist.all_to_all_single
@@ -237,18 +338,18 @@ def counts(rank, method):
         handed.append((sum(splits) - splits[rank]) * row)
         return original(output, values, output_split_sizes, input_split_sizes, group, **kwargs)
 
-    layer = compressed(make_config(), method, moe_a2a_bits=6)
+    layer = compressed(make_config(), method, **options)
     dist.all_to_all_single = spy
     try:
         run(layer, rank=rank)
     finally:
         dist.all_to_all_single = original
-    totals = layer.stats.totals()
-    return len(handed), sum(handed), int(totals[:, 1].sum()), int(totals[:, 0].sum())
+    totals = layer.stats.totals().sum(dim=0)
+    return len(handed), sum(handed), int(totals[Column.WIRE]), int(totals[Column.RAW])
 
 
 def test_counted_bytes_are_those_handed_to_the_collectives(megatron_pool):
-    for method, messages in (("none", 6), ("birdmoe", 4)):
+    for method, messages in (("none", 6), ("rq", 4)):
         for found, handed, counted, raw in megatron_pool.run(counts, method):
             assert found == messages
             assert counted == handed
@@ -263,7 +364,7 @@ def evaluation_is_not_counted(rank):
     with torch.no_grad():
         layer(torch.rand(TOKENS, BATCH, HIDDEN))
     assert torch.equal(layer.stats.totals(), before)
-    assert before[:, 1].all()
+    assert before[:, Column.WIRE].all()
 
 
 def test_evaluation_is_not_counted(megatron_pool):

@@ -1,0 +1,71 @@
+"""Megatron's own all-to-all token dispatcher, counting what it sends: the dispatcher of none.
+
+N: rows of (token, expert) pairs on one rank before the dispatch, M after it; H: hidden size.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from megatron_moe_comp.comm_stats import CommStats
+from megatron_moe_comp.config import Wire
+
+
+class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
+    """Stock dispatcher that counts the bytes of its all-to-alls and computes nothing of its own.
+
+    It owns the CommStats of its layer.
+
+    The counts come from the splits that the stock code hands to the collective: forward when it
+    does, backward when the gradient arrives.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self.stats = CommStats()
+
+    def start_pass(self, layer_number: int, *, training: bool) -> None:
+        """Prepares the next dispatch: evaluation is not counted."""
+        self.stats.counting = training
+
+    def token_dispatch(
+        self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns rows [M, H] and probabilities [M] of this rank's experts, as stock does."""
+        rows, probs = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        if self.ep_size > 1:
+            sent, received = self._remote_rows(len(permutated_local_input_tokens))
+            for before, after in ((permutated_local_input_tokens, rows), (permuted_probs, probs)):
+                self._count("dispatch_fwd", sent, before)
+                self._count_gradient("dispatch_bwd", received, after)
+        return rows, probs
+
+    def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        """Returns the experts' outputs [N, H] for this rank's tokens, as stock does."""
+        rows = super().token_combine(hidden_states, *args, **kwargs)
+        if self.ep_size > 1:
+            sent, received = self._remote_rows(len(rows))
+            self._count("combine_fwd", received, hidden_states)
+            self._count_gradient("combine_bwd", sent, rows)
+        return rows
+
+    def _remote_rows(self, num_rows: int) -> tuple[int, int]:
+        """Returns how many of `num_rows` rows leave this rank for others' experts, and come."""
+        if self.input_splits is None:  # padded to capacity: every rank gets as many
+            return (num_rows - num_rows // self.ep_size,) * 2
+        return tuple(
+            sum(map(int, splits)) - int(splits[self.ep_rank])
+            for splits in (self.input_splits, self.output_splits)
+        )
+
+    def _count(self, wire: Wire, num_rows: int, values: torch.Tensor) -> None:
+        numbers = num_rows * math.prod(values.shape[1:])
+        self.stats.add_bytes(wire, 4 * numbers, values.dtype.itemsize * numbers)
+        if values.dim() > 1:
+            self.stats.add_rows(wire, num_rows, num_rows, ())
+
+    def _count_gradient(self, wire: Wire, num_rows: int, received: torch.Tensor) -> None:
+        if received.requires_grad:
+            received.register_hook(lambda grad: self._count(wire, num_rows, grad))
