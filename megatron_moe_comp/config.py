@@ -143,7 +143,7 @@ class CompressionConfig:
         if self.moe_a2a_compress not in BITS_RANGE:
             for name in ("bits", "bit_policy", "min_bits", "max_bits"):
                 value = getattr(self, f"moe_a2a_{name}")
-                if value is not None:
+                if value not in (None, "uniform"):
                     raise ValueError(
                         f"{_flag(f'moe_a2a_{name}')}={value}: {method} has a fixed width. Drop the "
                         f"option, or use a method of variable width: {', '.join(BITS_RANGE)}."

@@ -3,16 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_moe_comp.comm_stats import (
-    NOISE,
-    NUM_COLUMNS,
-    RAW,
-    SIGNAL,
-    WIRE,
-    CommStats,
-    sqnr_db,
-    summarize,
-)
+from megatron_moe_comp.comm_stats import Column, CommStats, sqnr_db, summarize
 from megatron_moe_comp.config import WIRES, CompressionConfig
 
 BIRDMOE = CompressionConfig(moe_a2a_compress="birdmoe", moe_a2a_bits=4)
@@ -25,9 +16,26 @@ def test_counters_add_up_by_wire():
     x = torch.tensor([[3.0, 4.0]])
     stats.add_error("combine_bwd", x, x + torch.tensor([[0.0, 1.0]]))
     stats.add_error("combine_bwd", x.bfloat16(), x.bfloat16())
+    stats.add_rows("combine_bwd", 7, 5, [(3, 4), (1, 8)])
+    stats.add_load("combine_bwd", 1000, 200, 100)
+    stats.add_load("combine_bwd", 10, 20, 30)
     totals = stats.totals()
-    assert totals[WIRES.index("combine_bwd")].tolist() == [150, 30, 50, 1]
-    assert totals.sum() == 231
+    row = dict(zip(Column, totals[WIRES.index("combine_bwd")].tolist(), strict=True))
+    assert row == {
+        Column.RAW: 150,
+        Column.WIRE: 30,
+        Column.SIGNAL: 50,
+        Column.NOISE: 1,
+        Column.PAIRS: 7,
+        Column.ROWS: 5,
+        Column.CODED_ROWS: 4,
+        Column.ROW_BITS: 20,
+        Column.PASSES: 2,
+        Column.LOAD_RAW: 1010,
+        Column.LOAD_UNIFORM: 220,
+        Column.LOAD: 130,
+    }
+    assert totals.sum() == sum(row.values())
 
 
 def test_evaluation_is_not_counted():
@@ -38,10 +46,10 @@ def test_evaluation_is_not_counted():
 
 
 def test_summary():
-    totals = torch.zeros(2, len(WIRES), NUM_COLUMNS, dtype=torch.float64)
-    totals[:, :, RAW], totals[:, :, WIRE] = 1000, 200
-    totals[1, 0, RAW] = 3000
-    totals[0, 0, SIGNAL], totals[0, 0, NOISE] = 100, 1
+    totals = torch.zeros(2, len(WIRES), len(Column), dtype=torch.float64)
+    totals[:, :, Column.RAW], totals[:, :, Column.WIRE] = 1000, 200
+    totals[1, 0, Column.RAW] = 3000
+    totals[0, 0, Column.SIGNAL], totals[0, 0, Column.NOISE] = 100, 1
     report = summarize(totals, [1, 3], BIRDMOE)
     assert (report["method"], report["bits"]) == ("birdmoe", 4)
     assert report["ratio_fp32"] == 10000 / 1600
@@ -52,14 +60,42 @@ def test_summary():
         "sqnr_db": pytest.approx(20),
     }
     assert report["wires"]["combine_fwd"]["sqnr_db"] is None
+    assert report["mean_bits"] is None
+    assert report["most_loaded_rank"] is None
     assert [(layer["layer"], layer["ratio_fp32"]) for layer in report["layers"]] == [
         (1, 5.0),
         (3, 7.5),
     ]
 
 
+def test_loads_are_means_over_passes_summed_over_wires():
+    totals = torch.zeros(2, len(WIRES), len(Column), dtype=torch.float64)
+    totals[:, :, Column.PASSES] = torch.tensor([4.0, 4.0, 2.0, 2.0])
+    totals[0, :, Column.LOAD_RAW] = 400
+    totals[0, :, Column.LOAD_UNIFORM] = 40
+    totals[:, :, Column.LOAD] = 20
+    totals[0, :2, Column.CODED_ROWS] = 10
+    totals[0, :2, Column.ROW_BITS] = torch.tensor([40.0, 50.0])
+    totals[0, :, Column.PAIRS], totals[0, :, Column.ROWS] = 12, 9
+    report = summarize(totals, [1, 2], BIRDMOE)
+    loads = [layer["most_loaded_rank"] for layer in report["layers"]]
+    assert loads[0] == {"float32_bytes": 600, "uniform_bytes": 60, "bytes": 30}
+    assert loads[1] == {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 30}
+    assert report["most_loaded_rank"] == {"float32_bytes": 300, "uniform_bytes": 30, "bytes": 30}
+    assert report["mean_bits"] == report["layers"][0]["mean_bits"] == 4.5
+    assert report["layers"][1]["mean_bits"] is None
+    assert (report["pairs"], report["rows"]) == (48, 36)
+    assert (report["bits"], report["bit_policy"]) == (4, "optimal")
+
+
+def test_a_fixed_width_has_no_bits():
+    totals = torch.ones(1, len(WIRES), len(Column), dtype=torch.float64)
+    report = summarize(totals, [1], CompressionConfig(moe_a2a_compress="fp8"))
+    assert report["bits"] is report["mean_bits"] is None
+
+
 def test_nothing_sent():
-    report = summarize(torch.zeros(0, len(WIRES), NUM_COLUMNS), [], CompressionConfig())
+    report = summarize(torch.zeros(0, len(WIRES), len(Column)), [], CompressionConfig())
     assert report["ratio_fp32"] is None
     assert report["ratio_bf16"] is None
     assert report["bits"] is None

@@ -1,9 +1,11 @@
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 
-from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.compression.codecs import CODECS
+from megatron_moe_comp.config import BITS_RANGE, WIRES, CompressionConfig, Method
 
 MODEL = {
     "moe_token_dispatcher_type": "alltoall",
@@ -19,19 +21,68 @@ def model(**changes):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, birdmoe")),
+        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, birdmoe, identity, rq")),
         ({"moe_a2a_bits": 1}, ("--moe-a2a-bits=1", "2 to 8")),
         ({"moe_a2a_bits": 9}, ("--moe-a2a-bits=9", "2 to 8")),
+        ({"moe_a2a_compress": "pwlq", "moe_a2a_bits": 2}, ("--moe-a2a-bits=2", "pwlq", "3 to 8")),
+        ({"moe_a2a_compress": "fp8", "moe_a2a_bits": 8}, ("--moe-a2a-bits=8", "fixed width")),
+        ({"moe_a2a_compress": "bf16", "moe_a2a_bit_policy": "optimal"}, ("bit-policy", "fixed")),
+        ({"moe_a2a_bit_policy": "fair"}, ("--moe-a2a-bit-policy=fair", "proportional")),
+        ({"moe_a2a_min_bits": 1}, ("--moe-a2a-min-bits=1", "2 to 8")),
+        ({"moe_a2a_max_bits": 9}, ("--moe-a2a-max-bits=9", "2 to 8")),
+        ({"moe_a2a_min_bits": 7}, ("--moe-a2a-bits=6", "--moe-a2a-min-bits=7")),
+        ({"moe_a2a_max_bits": 5}, ("--moe-a2a-bits=6", "--moe-a2a-max-bits=5")),
+        ({"moe_a2a_compress": "rq", "moe_a2a_max_bits": 7}, ("--moe-a2a-max-bits=7", "uniform")),
+        ({"moe_a2a_scope": "node"}, ("--moe-a2a-scope=node", "inter-node")),
+        ({"moe_a2a_scope": "inter-node"}, ("--moe-a2a-scope=inter-node", "ranks-per-node")),
+        ({"moe_a2a_ranks_per_node": 2}, ("--moe-a2a-ranks-per-node=2", "inter-node")),
+        ({"moe_a2a_ranks_per_node": 0}, ("--moe-a2a-ranks-per-node=0", "from 1")),
+        ({"moe_a2a_chunks": 0}, ("--moe-a2a-chunks=0", "1 to 64")),
+        ({"moe_a2a_chunks": 65}, ("--moe-a2a-chunks=65", "1 to 64")),
+        ({"moe_a2a_chunks": 2, "moe_a2a_scale_per": "chunk"}, ("chunks=2", "scale-per=row")),
+        ({"moe_a2a_chunks": 2, "moe_a2a_compress": "lq"}, ("chunks=2", "another method")),
+        ({"moe_a2a_compress": "int8", "moe_a2a_scale_per": "chunk"}, ("int8", "birdmoe or rq")),
         ({"moe_a2a_scale_per": "tensor"}, ("--moe-a2a-scale-per=tensor", "row, chunk")),
         ({"moe_a2a_wires": ("dispatch",)}, ("--moe-a2a-wires=dispatch", "dispatch_fwd")),
-        ({"moe_a2a_seed": -1}, ("--moe-a2a-seed=-1", "0 to 4294967295")),
-        ({"moe_a2a_seed": 2**32}, ("--moe-a2a-seed=4294967296", "0 to 4294967295")),
+        ({"moe_a2a_seed": -1}, ("--moe-a2a-seed=-1", "from 0 to 4294967295")),
+        ({"moe_a2a_seed": 2**32}, ("--moe-a2a-seed=4294967296", "from 0 to 4294967295")),
     ],
 )
 def test_a_bad_value_is_refused_with_option_requirement_and_remedy(changes, parts):
-    with pytest.raises(ValueError, match=r"Use |Choose ") as caught:
-        CompressionConfig(**changes)
+    with pytest.raises(ValueError, match=r"Use |use |Choose |Set ") as caught:
+        CompressionConfig(**{"moe_a2a_compress": "birdmoe"} | changes)
     assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "policy", "limits"),
+    [
+        ("none", None, None, (None, None)),
+        ("birdmoe", 6, "optimal", (2, 8)),
+        ("rq", 6, "uniform", (None, None)),
+        ("pwlq", 6, "uniform", (None, None)),
+        ("mxfp8", None, "uniform", (None, None)),
+    ],
+)
+def test_what_is_not_given_follows_the_method(method, bits, policy, limits):
+    config = CompressionConfig(moe_a2a_compress=method)
+    assert config.moe_a2a_bits == bits
+    assert config.moe_a2a_bit_policy == policy
+    assert (config.moe_a2a_min_bits, config.moe_a2a_max_bits) == limits
+    assert replace(config, moe_a2a_seed=1) == CompressionConfig(
+        moe_a2a_compress=method, moe_a2a_seed=1
+    )
+
+
+def test_none_ignores_the_options_of_other_methods():
+    CompressionConfig(moe_a2a_bits=3, moe_a2a_bit_policy="optimal", moe_a2a_chunks=4)
+
+
+def test_every_method_is_a_codec_or_birdmoe():
+    assert set(get_args(Method)) == {"none", "birdmoe", *CODECS}
+    for name, codec in CODECS.items():
+        assert BITS_RANGE.get(name) == codec.num_bits_range, name
+    assert BITS_RANGE["birdmoe"] == BITS_RANGE["rq"]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +122,22 @@ def test_model_options_that_cannot_work_are_refused(changes, parts):
         CompressionConfig(moe_a2a_compress="birdmoe").check_model(model(**changes))
     assert all(part in str(caught.value) for part in parts)
     CompressionConfig(moe_a2a_compress="none").check_model(model(**changes))
+
+
+def test_dedup_refuses_padding():
+    options = model(moe_pad_expert_input_to_capacity=True)
+    with pytest.raises(ValueError, match=r"--moe-pad-expert-input-to-capacity: .*--moe-a2a-dedup"):
+        CompressionConfig(moe_a2a_compress="rq", moe_a2a_dedup=True).check_model(options)
+    CompressionConfig(moe_a2a_compress="rq").check_model(options)
+
+
+def test_nodes_must_divide_the_ranks():
+    config = CompressionConfig(
+        moe_a2a_compress="rq", moe_a2a_scope="inter-node", moe_a2a_ranks_per_node=4
+    )
+    config.check_model(model(world_size=8))
+    with pytest.raises(ValueError, match=r"ranks-per-node=4: 6 ranks .* Use a divisor of 6"):
+        config.check_model(model(world_size=6))
 
 
 def test_a_fitting_model_is_accepted():

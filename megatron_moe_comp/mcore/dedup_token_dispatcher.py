@@ -110,7 +110,7 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
 
 
 def _sum_by(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    """Returns the sums [size, H] of the values [N, H] with equal index, added in float32 at least."""
+    """Returns the sums [size, H], added in float32 at least, of values [N, H] of equal index."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     sums = torch.zeros((size, values.shape[1]), dtype=dtype, device=values.device)
     return sums.index_add(0, index, values.to(dtype)).to(values.dtype)

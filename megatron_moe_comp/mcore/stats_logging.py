@@ -121,6 +121,13 @@ class StatsLogger:
         )
         scalars = {"wire-MB": sent / MEGABYTE, "ratio-fp32": report["ratio_fp32"]}
         scalars |= {f"sqnr-db-{wire}": value for wire, value in self._sqnr_db.items()}
+        if report["mean_bits"] is not None:
+            scalars["mean-bits"] = report["mean_bits"]
+        if report["most_loaded_rank"] is not None:
+            scalars |= {
+                f"most-loaded-rank-{name.replace('_', '-')}": value
+                for name, value in report["most_loaded_rank"].items()
+            }
         _write_scalars({f"moe-a2a/{name}": value for name, value in scalars.items()}, iteration)
 
     def finish(self) -> None:
@@ -137,10 +144,19 @@ class StatsLogger:
 
 
 def describe(compression: CompressionConfig) -> str:
-    """Returns the method and its bits in a few words."""
+    """Returns the method, its bits and what else changes the traffic, in a few words."""
     if not compression.enabled:
         return "none"
-    return f"{compression.moe_a2a_compress} {compression.moe_a2a_bits} bit"
+    words = [compression.moe_a2a_compress]
+    if compression.moe_a2a_bits is not None:
+        words.append(f"{compression.moe_a2a_bits} bit")
+        if compression.moe_a2a_bit_policy != "uniform":
+            words.append(compression.moe_a2a_bit_policy)
+    if compression.moe_a2a_scope != "remote":
+        words.append(compression.moe_a2a_scope)
+    if compression.moe_a2a_dedup:
+        words.append("dedup")
+    return " ".join(words)
 
 
 def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
@@ -174,6 +190,17 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
             end_section=name in (WIRES[-1], f"layer {report['layers'][-1]['layer']}"),
         )
     Console(width=100).print(table)
+    if report["most_loaded_rank"] is not None:
+        raw, uniform, sent = (value / 1e3 for value in report["most_loaded_rank"].values())
+        print(
+            f"Most loaded rank, per layer and micro-batch: {raw:.1f} kB as float32, {uniform:.1f} "
+            f"kB with the same bits for all, {sent:.1f} kB as sent."
+        )
+    if report["mean_bits"] is not None:
+        print(f"Mean bits per value: {report['mean_bits']:.2f}.")
+    if report["rows"] < report["pairs"]:
+        saved = 1 - report["rows"] / report["pairs"]
+        print(f"Rows shared by several experts of one rank: {saved:.1%} fewer rows sent.")
     print(
         f"Total compression {report['ratio_fp32']:.2f}x against float32, "
         f"{report['ratio_bf16']:.2f}x against bfloat16, over all four wires, scales and "

@@ -26,7 +26,9 @@ def test_defaults(monkeypatch):
 def test_flags_reach_the_config(monkeypatch):
     options = (
         "--moe-a2a-compress=birdmoe --moe-a2a-bits=3 --moe-a2a-scale-per=chunk --moe-a2a-seed=9 "
-        "--moe-a2a-wires dispatch_fwd combine_bwd --moe-a2a-stats-json=x.json"
+        "--moe-a2a-wires dispatch_fwd combine_bwd --moe-a2a-stats-json=x.json "
+        "--moe-a2a-bit-policy=proportional --moe-a2a-min-bits=3 --moe-a2a-max-bits=7 "
+        "--moe-a2a-scope=inter-node --moe-a2a-ranks-per-node=1 --moe-a2a-dedup"
     )
     assert config(monkeypatch, options) == CompressionConfig(
         moe_a2a_compress="birdmoe",
@@ -35,6 +37,12 @@ def test_flags_reach_the_config(monkeypatch):
         moe_a2a_seed=9,
         moe_a2a_wires=("dispatch_fwd", "combine_bwd"),
         moe_a2a_stats_json="x.json",
+        moe_a2a_bit_policy="proportional",
+        moe_a2a_min_bits=3,
+        moe_a2a_max_bits=7,
+        moe_a2a_scope="inter-node",
+        moe_a2a_ranks_per_node=1,
+        moe_a2a_dedup=True,
     )
 
 
@@ -85,4 +93,13 @@ def test_every_field_has_one_flag_with_help():
     for name, action in actions.items():
         assert action.option_strings == ["--" + name.replace("_", "-")]
         assert len(action.help) > 30
-    assert "{none,birdmoe}" in parser.format_help()
+    assert "{none,birdmoe,identity,rq," in parser.format_help()
+
+
+def test_ranks_per_node_come_from_the_launcher(monkeypatch):
+    options = "--moe-a2a-compress=rq --moe-a2a-scope=inter-node"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert config(monkeypatch, options).moe_a2a_ranks_per_node == 1
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(ValueError, match="Set --moe-a2a-ranks-per-node"):
+        config(monkeypatch, options)

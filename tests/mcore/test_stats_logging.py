@@ -55,6 +55,8 @@ def train(logger, iterations, raw=4000, sent=1000):
         logger.now[0] = iteration
         for layer in logger.it._layers:
             layer.stats.add_bytes("dispatch_fwd", raw, sent)
+            layer.stats.add_rows("dispatch_fwd", 10, 8, [(8, 5)])
+            layer.stats.add_load("dispatch_fwd", 3000, 900, 500)
         logger.end_step([])
 
 
@@ -66,6 +68,8 @@ def test_a_line_per_interval_with_figures_per_iteration(logger, capsys):
     assert "iteration        2 | MB per iteration: 0.002 of 0.008 as float32 (4.00x) |" in lines[0]
     assert "iteration        4 | MB per iteration: 0.002 of 0.016 as float32 (8.00x) |" in lines[1]
     assert ("moe-a2a/ratio-fp32", 8.0, 4) in logger.written
+    assert ("moe-a2a/mean-bits", 5.0, 4) in logger.written
+    assert ("moe-a2a/most-loaded-rank-bytes", 500.0, 4) in logger.written
 
 
 def test_after_a_resume_the_first_interval_counts_its_own_iterations(logger, capsys):
@@ -83,6 +87,9 @@ def test_the_summary_and_its_json(logger, capsys):
     logger.it.finish()
     printed = capsys.readouterr().out
     assert "Total compression 4.00x against float32, 2.00x against bfloat16" in printed
+    assert "3.0 kB as float32, 0.9 kB with the same bits for all, 0.5 kB as sent" in printed
+    assert "Mean bits per value: 5.00." in printed
+    assert "20.0% fewer rows sent" in printed
     assert "layer 3" in printed
     assert "layer 2" not in printed
     report = json.loads(logger.json.read_text())
@@ -106,3 +113,24 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch
     logger = StatsLogger(CompressionConfig(moe_a2a_stats_json=str(path)), lambda: None, 1)
     with pytest.raises(ValueError, match=r"--moe-a2a-stats-json=.*directory that you may write"):
         logger.attach(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "none"),
+        ({"moe_a2a_compress": "birdmoe"}, "birdmoe 6 bit optimal"),
+        ({"moe_a2a_compress": "rq", "moe_a2a_bits": 4}, "rq 4 bit"),
+        ({"moe_a2a_compress": "bf16", "moe_a2a_dedup": True}, "bf16 dedup"),
+        (
+            {
+                "moe_a2a_compress": "fp8",
+                "moe_a2a_scope": "inter-node",
+                "moe_a2a_ranks_per_node": 8,
+            },
+            "fp8 inter-node",
+        ),
+    ],
+)
+def test_describe(options, words):
+    assert stats_logging.describe(CompressionConfig(**options)) == words
