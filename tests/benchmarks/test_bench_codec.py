@@ -1,0 +1,66 @@
+"""The benchmark's options, rows and what it refuses; never its figures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe_comp import ops
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bench_codec
+
+KEYS = ["codec", "bits", "dtype", "bytes", "threads", "impl"]
+KEYS += ["encode_gbs", "decode_gbs", "memcpy_gbs"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench_codec, "MIN_REPEATS", 1)
+    monkeypatch.setattr(bench_codec, "MIN_SECONDS", 0.0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(tmp_path, options):
+    path = tmp_path / "rows.json"
+    bench_codec.main([*options.split(), "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_every_codec_has_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "is_compiled", lambda device: True)
+    rows = run(tmp_path, "--sizes 1 --hidden 64 --bits 3,4 --dtypes float32,bfloat16")
+    assert {row["codec"] for row in rows} == set(bench_codec.CODECS) - {"identity"}
+    assert {row["bits"] for row in rows if row["codec"] == "rq"} == {3, 4}
+    assert {row["bits"] for row in rows if row["codec"] == "fp8"} == {None}
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["bytes"] == 1 << 20
+        assert min(row[key] for key in KEYS if key.endswith("gbs")) > 0
+    assert "share of memcpy" in capsys.readouterr().out
+
+
+def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch):
+    called = []
+    module = sys.modules["megatron_moe_comp.ops.quantize_pack"]
+    reference = module._reference
+    monkeypatch.setattr(module, "_reference", lambda *args: (called.append(1), reference(*args))[0])
+    (row,) = run(tmp_path, "--sizes 1 --hidden 64 --codecs rq --impl reference")
+    assert row["impl"] == "reference"
+    assert called
+
+
+def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "is_compiled", lambda device: False)
+    with pytest.raises(SystemExit, match=r"--impl=compiled: .*not built"):
+        run(tmp_path, "--sizes 1 --codecs rq")
+
+
+def test_an_unknown_codec_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--codecs zip")
+    assert "not one of identity, rq" in capsys.readouterr().err
