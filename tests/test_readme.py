@@ -39,14 +39,15 @@ def test_ratios_and_errors_of_the_table():
     bits = [int(b) for b in table_row("bits ")]
     assert bits == list(range(2, 9))
     rows = torch.randn(2048, 256, generator=torch.Generator().manual_seed(0))
-    scales = rows.abs().amax(1)
     for b, ratio, sqnr in zip(
         bits, table_row("ratio to float32"), table_row("SQNR of normal rows"), strict=True
     ):
         code_bytes = ops.packed_bytes(256, b)
         sent = 2 * (code_bytes + 8) + 2 * (code_bytes + 4)
         assert ratio == round((2 * (1024 + 4) + 2 * 1024) / sent, 1)
-        packed = ops.quantize_pack(rows, scales, b, 1, 2, 3)
-        error = rows - ops.unpack_dequantize(packed, scales, b, 256, torch.float32)
-        measured = 10 * torch.log10(rows.square().sum() / error.square().sum())
+        message, decoded = torch.empty(2048 * (code_bytes + 4), dtype=torch.uint8), rows.clone()
+        segments = ops.flatten([ops.OpSegment(0, 2048, b, 0, 2048 * code_bytes)])
+        ops.quantize_pack(rows, None, message, segments, key=1, offset=2, stream=3)
+        ops.unpack_dequantize(message, None, decoded, segments)
+        measured = 10 * torch.log10(rows.square().sum() / (rows - decoded).square().sum())
         assert abs(sqnr - measured) < 0.15

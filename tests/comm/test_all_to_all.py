@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron_moe_comp.comm import all_to_all
 from megatron_moe_comp.comm.all_to_all import Direction, Message, Route, compressed_all_to_all
 from megatron_moe_comp.comm_stats import Column, CommStats
+from megatron_moe_comp.compression.codecs import CODECS as REGISTERED
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.packet import Packet, Peer
@@ -19,6 +20,7 @@ CODECS = {
     "rq-row": RandomQuantization("row"),
     "rq-chunk": RandomQuantization("chunk"),
 }
+ALL_CODECS = {name: codec() for name, codec in REGISTERED.items() if name != "identity"}
 # Rows from rank s to rank d, as counts[s][d], of the first ranks that there are.
 LOADS = {
     "balanced": [[4] * 4] * 4,
@@ -281,6 +283,88 @@ def no_grad_mode(rank):
 
 def test_recording_gradients_changes_no_value(pool):
     pool.run(no_grad_mode)
+
+
+def order_of_steps(rank, pieces):
+    """What happens to the pieces of one forward message, in time."""
+    steps = []
+
+    class Noted(Identity):
+        def encode(self, rows, segments, message, random):
+            steps.append("encode")
+            super().encode(rows, segments, message, random)
+
+        def decode(self, message, segments, rows):
+            steps.append("decode")
+            super().decode(message, segments, rows)
+
+    class Work:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            steps.append("wait")
+            self.work.wait()
+
+    original = dist.all_to_all_single
+
+    def spy(*args, **kwargs):
+        steps.append("send")
+        return Work(original(*args, **kwargs))
+
+    route = make_route(rank, LOADS["balanced"])
+    rows, _ = make_rows(rank, route, torch.float32)
+    messages = tuple(
+        Message(wire, Noted(), RandomStream(0, 0, 0), pieces) for wire in WIRE_PAIRS[0]
+    )
+    dist.all_to_all_single = spy
+    try:
+        with torch.no_grad():
+            compressed_all_to_all(rows, None, None, route, messages, CommStats())
+    finally:
+        dist.all_to_all_single = original
+    return steps
+
+
+def test_a_piece_is_encoded_and_another_decoded_while_one_is_under_way(pool):
+    once = ["encode", "send", "wait", "decode"]
+    assert pool.run(order_of_steps, 1) == [once] * len(pool.run(order_of_steps, 1))
+    pipelined = ["encode", "send", *["encode", "send", "wait", "decode"] * 2, "wait", "decode"]
+    assert all(steps == pipelined for steps in pool.run(order_of_steps, 3))
+
+
+def unequal_magnitudes(rank, codec_name):
+    """SQNR (dB) of what each rank sent here, first with equal magnitudes, then with rank 0's 8x."""
+    codec = ALL_CODECS[codec_name]
+    route = make_route(rank, LOADS["balanced"], num_bits=6)
+    generator = torch.Generator().manual_seed(rank)
+    rows = torch.randn(sum(route.sent.rows), HIDDEN, generator=generator)
+    results = []
+    for factor in (1.0, 8.0 if rank == 0 else 1.0):
+        messages = tuple(message(w, codec, rank) for w in WIRE_PAIRS[0])
+        scaled = (rows * factor).requires_grad_()
+        got, *_ = compressed_all_to_all(scaled, None, None, route, messages, CommStats())
+        want = plain_all_to_all(scaled.detach(), route)
+        got.backward(want)
+        exact = plain_all_to_all(want, route.reversed())
+        for a, b, splits in (
+            (got.detach(), want, route.received.rows),
+            (scaled.grad, exact, route.sent.rows),
+        ):
+            signal, noise = (
+                torch.stack([v.square().sum() for v in values.split(splits)])
+                for values in (b, b - a)
+            )
+            remote = torch.arange(len(splits)) != rank
+            results.append(10 * torch.log10(signal[remote] / noise[remote]))
+    return results
+
+
+@pytest.mark.parametrize("codec_name", ALL_CODECS)
+def test_a_rank_with_8x_larger_rows_degrades_nothing(pool, codec_name):
+    for equal, equal_back, larger, larger_back in pool.run(unequal_magnitudes, codec_name):
+        assert torch.allclose(equal, larger, atol=0.2)
+        assert torch.allclose(equal_back, larger_back, atol=0.2)
 
 
 def nodes(rank):

@@ -259,6 +259,33 @@ def test_load_aware_bits_and_dedup_need_no_further_collective(megatron_pool):
         assert megatron_pool.run(collectives, {"method": "birdmoe"} | options) == stocks
 
 
+def one_rank_is_larger(rank, options, factor):
+    """Relative errors on this rank; rank 0 has `factor` times larger inputs and gradients."""
+    config = make_config()
+    generator = torch.Generator().manual_seed(10 + rank)
+    scale = factor if rank == 0 else 1.0
+    x = torch.randn(TOKENS, BATCH, HIDDEN, generator=generator) * scale
+    weights = torch.randn(TOKENS, BATCH, HIDDEN, generator=generator) * scale
+    results = []
+    for layer in (stock(config), compressed(config, **options)):
+        inputs = x.clone().requires_grad_()
+        output, _ = layer(inputs)
+        (output * weights).sum().backward()
+        results.append((output.detach(), inputs.grad))
+    return [relative(ours, theirs) for theirs, ours in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{"method": "birdmoe"}, {"method": "rq", "moe_a2a_bits": 4}])
+def test_a_rank_with_8x_larger_activations_degrades_no_other(megatron_pool, options):
+    equal = megatron_pool.run(one_rank_is_larger, options, 1.0)
+    larger = megatron_pool.run(one_rank_is_larger, options, 8.0)
+    for rank in range(1, len(equal)):
+        for before, after in zip(equal[rank], larger[rank], strict=True):
+            assert after < 1.25 * before + 1e-3, (rank, before, after)
+    # The larger rank's own error stays what the bits allow.
+    assert max(larger[0]) < 2 * max(equal[0])
+
+
 def rows_within_a_node(rank):
     """Nodes of two ranks; with four, only rows between the pairs are compressed."""
     options = {"method": "rq", "moe_a2a_bits": 4}
