@@ -44,6 +44,7 @@ BITS_RANGE = {
 }
 """Fewest and most bits per value of the methods whose width can be chosen."""
 
+MAX_BITS = 8
 MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8
 """Rows are packed in groups of 8 values: 8 codes of b bits fill exactly b bytes."""

@@ -5,22 +5,21 @@ Sender and receiver plan the same packet from the counts they share, each from i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.payload import (
     PayloadLayout,
+    Section,
     Segment,
     as_bytes,
-    write_bytes,
 )
 from megatron_moe_comp.compression.random_stream import RandomStream
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """What travels between this rank and one other in one direction, and how it is encoded."""
 
     num_rows: int
@@ -42,7 +41,7 @@ class Packet:
     """The layout of a packet, and which segments each codec has in it."""
 
     layout: PayloadLayout
-    segments: tuple[tuple[Codec, tuple[Segment, ...]], ...]
+    segments: tuple[tuple[Codec, Sequence[Segment]], ...]
     exact: tuple[tuple[tuple[int, int], ...], ...]
     """For each Exact: first byte and bytes for each rank."""
 
@@ -65,30 +64,38 @@ class Packet:
             piece: which piece, from 0.
             num_pieces: pieces that each peer's rows are cut into, as equal as can be.
         """
-        first_rows = accumulate((peer.num_rows for peer in peers), initial=0)
-        sizes, ranges = [], []
-        for rank, (peer, first) in enumerate(zip(peers, first_rows, strict=False)):
-            start, stop = (peer.num_rows * i // num_pieces for i in (piece, piece + 1))
-            num_rows = 0 if rank == own else stop - start
-            ranges.append((first + start, num_rows))
-            sections = peer.codec.sections(like.shape[1], like.dtype, peer.num_bits)
-            exact_sizes = tuple(e.splits[rank] * e.item_bytes for e in exact)
-            sizes.append((*exact_sizes, *(section.size(num_rows) for section in sections)))
-        layout = PayloadLayout(tuple(sizes))
+        exact_splits = [[n * e.item_bytes for n in e.splits] for e in exact]
+        # Hundreds of ranks share a few widths.
+        sections: dict[tuple[Codec, int], tuple[Section, ...]] = {}
+        sizes, ranges, first_row = [], [], 0
+        for rank, (num_rows, num_bits, codec) in enumerate(peers):
+            start, stop = num_rows * piece // num_pieces, num_rows * (piece + 1) // num_pieces
+            count = 0 if rank == own else stop - start
+            ranges.append((first_row + start, count))
+            first_row += num_rows
+            if (codec, num_bits) not in sections:
+                found = codec.sections(like.shape[1], like.dtype, num_bits)
+                sections[codec, num_bits] = found
+            sizes.append(
+                [splits[rank] for splits in exact_splits]
+                + [section.size(count) for section in sections[codec, num_bits]]
+            )
+        layout = PayloadLayout(sizes)
         by_codec: dict[Codec, list[Segment]] = {}
-        for peer, (first_row, num_rows), offsets in zip(peers, ranges, layout.offsets, strict=True):
-            if num_rows:
-                segment = Segment(first_row, num_rows, peer.num_bits, offsets[len(exact) :])
-                by_codec.setdefault(peer.codec, []).append(segment)
+        for (_, num_bits, codec), (start, count), offsets in zip(
+            peers, ranges, layout.offsets, strict=True
+        ):
+            if count:
+                segment = Segment(start, count, num_bits, tuple(offsets[len(exact) :]))
+                by_codec.setdefault(codec, []).append(segment)
         return Packet(
             layout,
-            tuple((codec, tuple(segments)) for codec, segments in by_codec.items()),
+            tuple(by_codec.items()),
             tuple(
                 tuple(
-                    (offsets[i], size[i])
-                    for offsets, size in zip(layout.offsets, sizes, strict=True)
+                    (offsets[i], size) for offsets, size in zip(layout.offsets, sizes, strict=True)
                 )
-                for i in range(len(exact))
+                for i, sizes in enumerate(exact_splits)
             ),
         )
 
@@ -106,10 +113,8 @@ class Packet:
         for codec, segments in self.segments:
             codec.encode(rows, segments, message, random)
         for values, places in zip(exact, self.exact, strict=True):
-            octets, first = as_bytes(values).flatten(), 0
-            for offset, size in places:
-                write_bytes(message, offset, octets[first : first + size])
-                first += size
+            # One launch on a GPU, however many ranks there are.
+            torch._foreach_copy_(_slices(message, places), _in_turn(as_bytes(values), places))
         return message
 
     def decode(
@@ -119,7 +124,14 @@ class Packet:
         for codec, segments in self.segments:
             codec.decode(message, segments, rows)
         for values, places in zip(exact, self.exact, strict=True):
-            octets, first = values.flatten().view(torch.uint8), 0
-            for offset, size in places:
-                octets[first : first + size] = message[offset : offset + size]
-                first += size
+            torch._foreach_copy_(
+                _in_turn(values.view(torch.uint8), places), _slices(message, places)
+            )
+
+
+def _slices(message: torch.Tensor, places: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    return [message[offset : offset + size] for offset, size in places]
+
+
+def _in_turn(octets: torch.Tensor, places: Sequence[tuple[int, int]]) -> Sequence[torch.Tensor]:
+    return octets.flatten().split([size for _, size in places])

@@ -10,10 +10,9 @@ wire is in this file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -34,8 +33,7 @@ class Section:
         return self.row_bytes * num_rows + self.segment_bytes if num_rows else 0
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows between this rank and one other: where they are in a tensor and in a message."""
 
     first_row: int
@@ -46,25 +44,26 @@ class Segment:
     """First byte of each of the codec's sections."""
 
 
-@dataclass(frozen=True)
 class PayloadLayout:
-    """Where everything is in a message, given the bytes of each section of each rank's segment."""
+    """Where everything is in a message.
 
-    sizes: tuple[tuple[int, ...], ...]
+    Args:
+        sizes: bytes of each section of each rank's segment.
+    """
 
-    @cached_property
-    def byte_splits(self) -> list[int]:
+    def __init__(self, sizes: Iterable[Sequence[int]]) -> None:
+        self.byte_splits: list[int] = []
         """The bytes of each rank's segment, padding included."""
-        return [sum(map(_aligned, sections)) for sections in self.sizes]
-
-    @cached_property
-    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        self.offsets: list[list[int]] = []
         """The first byte of each section of each rank's segment."""
-        starts = accumulate(self.byte_splits, initial=0)
-        return tuple(
-            tuple(accumulate(map(_aligned, sections[:-1]), initial=start)) if sections else ()
-            for start, sections in zip(starts, self.sizes, strict=False)
-        )
+        end = 0
+        for sections in sizes:
+            start, offsets = end, []
+            for size in sections:
+                offsets.append(end)
+                end += _aligned(size)
+            self.byte_splits.append(end - start)
+            self.offsets.append(offsets)
 
 
 def _aligned(size: int) -> int:

@@ -29,7 +29,7 @@ from megatron_moe_comp.compression.random_stream import (
     ForwardPassCounter,
     TrainingStep,
 )
-from megatron_moe_comp.config import CompressionConfig, Wire
+from megatron_moe_comp.config import MAX_BITS, CompressionConfig, Wire
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 
 SAMPLE_INTERVAL = 10
@@ -247,8 +247,9 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         route: Route,
         wires: tuple[Wire, Wire],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        for wire in wires if torch.is_grad_enabled() else wires[:1]:
-            self._count_load(wire, rows)
+        if self._dispatched.forward_pass.index == 0 and self.stats.counting:
+            for wire in wires if torch.is_grad_enabled() else wires[:1]:
+                self._count_load(wire, rows)
         messages = tuple(map(self._message, wires))
         return compressed_all_to_all(rows, probs, masks, route, messages, self.stats)
 
@@ -280,11 +281,11 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
             sections = codec.sections(hidden_size, like.dtype, num_bits)
             return sum(section.row_bytes for section in sections)
 
+        plain_bytes = row_bytes(Identity(), 0)
+        bytes_of_bits = torch.tensor([row_bytes(codec, bits) for bits in range(MAX_BITS + 1)])
+
         def load(bits: torch.Tensor) -> int:
-            sizes = torch.full_like(bits, row_bytes(Identity(), 0))
-            for num_bits in bits.unique().tolist():
-                chosen = (bits == num_bits) & ~self.plain_links
-                sizes[chosen] = row_bytes(codec, num_bits)
+            sizes = bytes_of_bits[bits].masked_fill(self.plain_links, plain_bytes)
             return most_loaded(links.rows * sizes)
 
         self.stats.add_load(
