@@ -77,7 +77,7 @@ def test_statistics_of_a_run(plain):
     assert raw["dispatch_fwd"] == raw["dispatch_bwd"]
     assert raw["combine_fwd"] == raw["combine_bwd"]
     assert raw["dispatch_fwd"] * 64 == raw["combine_fwd"] * 65
-    assert run.output.count("all-to-all birdmoe 6 bit | iteration") == 6
+    assert run.output.count("all-to-all birdmoe 6 bit optimal | iteration") == 6
     assert "Total compression" in run.output
     scalars = run.scalars
     assert len(scalars["moe-a2a/ratio-fp32"]) == 6
