@@ -63,4 +63,4 @@ def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch):
 def test_an_unknown_codec_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--codecs zip")
-    assert "not one of identity, rq" in capsys.readouterr().err
+    assert "not one of identity, bf16" in capsys.readouterr().err

@@ -6,43 +6,72 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_moe_comp.compression.codec import RowFormat
-from megatron_moe_comp.compression.codecs.identity import Identity
-from megatron_moe_comp.compression.codecs.rq import RandomQuantization
-from megatron_moe_comp.compression.payload import PayloadLayout
-from megatron_moe_comp.compression.random_stream import RandomStream
+from megatron_moe_comp import ops
+from megatron_moe_comp.compression.packet import Exact, Packet, Peer
 from megatron_moe_comp.ops.quantize_pack import quantize
 from megatron_moe_comp.ops.unpack_dequantize import unpack
+from tests.compression.variants import (
+    DTYPES,
+    RANDOM,
+    SEGMENT_ROWS,
+    VARIANTS,
+    VARIANTS_AND_BITS,
+    all_bits,
+)
 
-ROWS = (5, 0, 11)
+PROBS = Exact(SEGMENT_ROWS, 4)
 
 
-@pytest.mark.parametrize("codec", [Identity(), RandomQuantization(), RandomQuantization("chunk")])
-def test_codec_and_payload_stay_on_the_device(codec):
+@pytest.mark.parametrize(("name", "num_bits"), VARIANTS_AND_BITS)
+def test_packets_stay_on_the_device(name, num_bits):
+    for dtype in DTYPES:
+        with FakeTensorMode():
+            rows = torch.empty(16, 72, device="cuda", dtype=dtype)
+            probs = torch.empty(16, device="cuda")
+            peers = [Peer(n, num_bits, VARIANTS[name]) for n in SEGMENT_ROWS]
+            packet = Packet.plan(peers, -1, rows, [PROBS])
+            message = packet.encode(rows, [probs], RANDOM)
+            assert (message.device.type, message.dtype) == ("cuda", torch.uint8)
+            assert message.shape == (sum(packet.layout.byte_splits),)
+            packet.decode(message, torch.empty_like(rows), [torch.empty_like(probs)])
+
+
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if hasattr(c, "encode_rows")])
+def test_codecs_stay_on_the_device(name):
+    codec = VARIANTS[name]
     with FakeTensorMode():
-        rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
-        row_format = RowFormat(64, rows.dtype, 6)
-        layout = PayloadLayout(codec.sections(row_format), ROWS)
-        buffer = layout.pack(codec.encode(rows, ROWS, row_format, RandomStream(1, 2, 3)))
-        assert buffer.device.type == "cuda"
-        assert buffer.shape == (sum(layout.byte_splits()),)
-        decoded = codec.decode(layout.unpack(buffer), ROWS, row_format)
-        assert (decoded.device, decoded.dtype, decoded.shape) == (
-            rows.device,
-            rows.dtype,
-            rows.shape,
-        )
+        rows = torch.empty(16, 72, device="cuda", dtype=torch.bfloat16)
+        numbers = torch.empty(16, device="cuda", dtype=torch.int64)
+        for num_bits in all_bits(codec):
+            sections = codec.sections(72, rows.dtype, num_bits)
+            parts = codec.encode_rows(rows, numbers, num_bits, RANDOM)
+            for part, section in zip(parts, sections, strict=True):
+                assert part.device.type == "cuda"
+                shape = (16, section.row_bytes) if section.row_bytes else (1, section.segment_bytes)
+                assert (len(part), part[0].numel() * part.itemsize) == shape
+            octets = [part.contiguous().view(torch.uint8) for part in parts]
+            decoded = codec.decode_rows(octets, num_bits, 72, torch.bfloat16)
+            assert (decoded.device, decoded.dtype, decoded.shape) == (
+                rows.device,
+                rows.dtype,
+                rows.shape,
+            )
 
 
 @pytest.mark.parametrize("num_bits", [3, 8])
-def test_references_stay_on_the_device(num_bits):
+@pytest.mark.parametrize("scales_are_given", [False, True])
+def test_references_stay_on_the_device(num_bits, scales_are_given):
     pack_reference, unpack_reference = (
         sys.modules[function.__module__]._reference for function in (quantize, unpack)
     )
+    segments = ops.flatten(
+        [ops.OpSegment(0, 5, num_bits, 0, 512), ops.OpSegment(5, 11, 4, 1024, 0)]
+    )
     with FakeTensorMode():
         rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
-        scales = torch.empty(16, device="cuda")
-        packed = pack_reference(rows, scales, num_bits, 1, 2, 3)
-        assert (packed.device.type, packed.shape) == ("cuda", (16, 8 * num_bits))
-        decoded = unpack_reference(packed, scales, num_bits, 64, torch.bfloat16)
-        assert (decoded.device.type, decoded.shape) == ("cuda", (16, 64))
+        scales = torch.empty(16, device="cuda") if scales_are_given else None
+        message = torch.empty(2048, device="cuda", dtype=torch.uint8)
+        pack_reference(rows, scales, message, segments, 1, 2, 3)
+        unpack_reference(message, scales, rows, segments)
+        codes = quantize(rows, torch.empty(16, device="cuda"), num_bits, 0, **vars(RANDOM))
+        assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.uint8, (16, 64))

@@ -1,3 +1,6 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,78 +10,89 @@ from megatron_moe_comp.compression.payload import (
     PayloadLayout,
     Section,
     as_bytes,
-    from_bytes,
+    read_bytes,
+    write_bytes,
 )
 
-section_sizes = st.lists(st.tuples(st.booleans(), st.integers(1, 37)), min_size=1, max_size=4)
+DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 
 
-def make_parts(sections, segment_rows, seed):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        (sum(segment_rows), s.row_bytes) if s.row_bytes else (len(segment_rows), s.segment_bytes)
-        for s in sections
-    ]
-    return [torch.randint(0, 256, s, generator=generator, dtype=torch.uint8) for s in shapes]
+@st.composite
+def layouts(draw):
+    num_sections = draw(st.integers(0, 4))
+    sizes = st.tuples(*(st.integers(0, 70) for _ in range(num_sections)))
+    sizes = draw(st.lists(sizes, min_size=1, max_size=6))
+    return sizes, PayloadLayout(sizes)
+
+
+@given(layouts())
+@settings(max_examples=200, deadline=None)
+def test_sections_are_aligned_apart_and_inside(drawn):
+    all_sizes, layout = drawn
+    splits = layout.byte_splits
+    assert len(splits) == len(layout.offsets) == len(all_sizes)
+    owner = [None] * sum(splits)
+    start = 0
+    for rank, (split, sizes) in enumerate(zip(splits, all_sizes, strict=True)):
+        assert split % ALIGNMENT == 0
+        assert split - sum(sizes) < ALIGNMENT * max(1, len(sizes))
+        assert (split == 0) == (not any(sizes))
+        for offset, size in zip(layout.offsets[rank], sizes, strict=True):
+            assert offset % ALIGNMENT == 0
+            assert start <= offset
+            assert offset + size <= start + split
+            for i in range(offset, offset + size):
+                assert owner[i] is None
+                owner[i] = rank
+        start += split
+
+
+@given(layouts())
+@settings(max_examples=50, deadline=None)
+def test_a_segment_stands_alone(drawn):
+    """The receiver decodes one sender's segment without knowing what others were sent."""
+    all_sizes, layout = drawn
+    start = 0
+    for split, sizes, offsets in zip(layout.byte_splits, all_sizes, layout.offsets, strict=True):
+        alone = PayloadLayout((sizes,))
+        assert alone.byte_splits == [split]
+        assert alone.offsets[0] == [offset - start for offset in offsets]
+        start += split
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+def test_section_size(num_rows):
+    assert Section("codes", row_bytes=3).size(num_rows) == 3 * num_rows
+    assert Section("scale", segment_bytes=4).size(num_rows) == (4 if num_rows else 0)
 
 
 @given(
-    sizes=section_sizes,
-    segment_rows=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    offset=st.integers(0, 9),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=200, deadline=None)
-def test_unpack_inverts_pack(sizes, segment_rows, seed):
-    sections = tuple(
-        Section(str(i), row_bytes=size) if per_row else Section(str(i), segment_bytes=size)
-        for i, (per_row, size) in enumerate(sizes)
-    )
-    layout = PayloadLayout(sections, tuple(segment_rows))
-    parts = make_parts(sections, segment_rows, seed)
-    buffer = layout.pack(parts)
-    splits = layout.byte_splits()
-    assert buffer.numel() == sum(splits)
-    assert all(split % ALIGNMENT == 0 for split in splits)
-    assert all(split == 0 for split, rows in zip(splits, segment_rows, strict=True) if not rows)
-    for section, part, found in zip(sections, parts, layout.unpack(buffer), strict=True):
-        if section.segment_bytes:  # a rank without rows is sent nothing, so it gets zeros
-            part[[rows == 0 for rows in segment_rows]] = 0
-        assert torch.equal(part, found)
+@settings(max_examples=100, deadline=None)
+def test_bytes_round_trip_at_any_offset(dtype, shape, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 200, shape, generator=generator).to(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    message = torch.full((offset + size + 5,), 0xFF, dtype=torch.uint8)
+    write_bytes(message, offset, values)
+    assert (message[:offset] == 0xFF).all()
+    assert (message[offset + size :] == 0xFF).all()
+    found = read_bytes(message, offset, shape, dtype)
+    assert torch.equal(found, values)
+    message.zero_()
+    assert torch.equal(found, values)  # a copy
 
 
-@given(
-    segment_rows=st.lists(st.integers(0, 5), min_size=2, max_size=4), row_bytes=st.integers(1, 20)
-)
-@settings(max_examples=50, deadline=None)
-def test_a_segment_stands_alone(segment_rows, row_bytes):
-    """The receiver decodes one sender's segment without knowing what others were sent."""
-    sections = (Section("codes", row_bytes=row_bytes), Section("scales", row_bytes=4))
-    parts = make_parts(sections, segment_rows, 0)
-    layout = PayloadLayout(sections, tuple(segment_rows))
-    segments = layout.pack(parts).split(layout.byte_splits())
-    first = 0
-    for rows, segment in zip(segment_rows, segments, strict=True):
-        alone = PayloadLayout(sections, (rows,)).unpack(segment)
-        for part, found in zip(parts, alone, strict=True):
-            assert torch.equal(part[first : first + rows], found)
-        first += rows
-
-
-def test_padding_is_zero():
-    layout = PayloadLayout((Section("codes", row_bytes=3),), (1, 0, 2))
-    poisoned = torch.full((3, 3), 255, dtype=torch.uint8)
-    buffer = layout.pack([poisoned])
-    assert layout.byte_splits() == [16, 0, 16]
-    assert buffer.tolist() == [255] * 3 + [0] * 13 + [255] * 6 + [0] * 10
-
-
-def test_bytes_round_trip_at_any_offset():
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        values = torch.randn(3, 5).to(dtype)
-        octets = as_bytes(values)
-        assert octets.shape == (3, 5 * dtype.itemsize)
-        misaligned = torch.cat((octets.new_zeros(1), octets.flatten()))[1:].view(octets.shape)
-        assert torch.equal(from_bytes(misaligned, dtype), values)
+def test_as_bytes_has_a_row_for_each_row():
+    values = torch.randn(3, 5)
+    assert as_bytes(values).shape == (3, 20)
+    assert as_bytes(values)[1].numpy().tobytes() == values[1].numpy().tobytes()
     assert as_bytes(torch.empty(0, 7)).shape == (0, 28)
     assert as_bytes(torch.empty(0)).shape == (0, 4)
+    assert as_bytes(torch.randn(6)).shape == (6, 4)
     assert as_bytes(torch.randn(6, 4).t()).shape == (4, 24)
+    assert as_bytes(torch.empty(2, 3, 4, dtype=torch.bfloat16)).shape == (2, 24)
