@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from megatron_moe_comp import ops
+from megatron_moe_comp.compression.codecs import CODECS
+from megatron_moe_comp.compression.packet import Packet, Peer
+from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import CompressionConfig
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +54,23 @@ def test_ratios_and_errors_of_the_table():
         ops.unpack_dequantize(message, None, decoded, segments)
         measured = 10 * torch.log10(rows.square().sum() / (rows - decoded).square().sum())
         assert abs(sqnr - measured) < 0.15
+
+
+def test_the_table_of_codecs():
+    cells = r"^\| `(\w+)` \| ([\d.]+) \| ([-\d.]+|exact) \| (?:yes|no) \|"
+    table = {name: values for name, *values in re.findall(cells, README, flags=re.MULTILINE)}
+    assert set(table) == set(CODECS)
+    rows = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    for name, (bits_per_value, sqnr) in table.items():
+        codec = CODECS[name]()
+        packet = Packet.plan([Peer(0, 6, codec), Peer(512, 6, codec)], 0, rows)
+        message, decoded = packet.encode(rows, (), RandomStream(1, 2, 3)), rows.clone()
+        packet.decode(message, decoded, ())
+        assert float(bits_per_value) == pytest.approx(8 * len(message) / rows.numel(), abs=5e-4)
+        noise = (rows - decoded).square().sum()
+        if sqnr == "exact":
+            assert noise == 0
+        else:
+            assert float(sqnr) == pytest.approx(
+                10 * torch.log10(rows.square().sum() / noise).item(), abs=0.15
+            )
