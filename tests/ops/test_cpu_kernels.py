@@ -77,9 +77,9 @@ def assert_same_decoding(message, row_scales, rows, segments):
 def special_rows(hidden, dtype):
     """One row of each kind that takes a path of its own, or that has gone wrong somewhere."""
     noise = torch.randn(4, hidden, generator=torch.Generator().manual_seed(hidden))
+    constants = (0.0, -0.0, 2.0, -0.3, 1e-40, 2.0**-100, 2.0**-101, 3e38, 1 / 3, 65504.0)
     rows = [*noise, noise[0] * 1e-20, noise[0] * 1e30]
-    for value in (0.0, -0.0, 2.0, -0.3, 1e-40, 2.0**-100, 2.0**-101, 3e38, 1 / 3, 65504.0):
-        rows.append(torch.full((hidden,), value))
+    rows += [torch.full((hidden,), value) for value in constants]
     for value in (float("nan"), -float("nan"), float("inf"), -float("inf"), 1e4, -1e-30):
         row = noise[1].clone()
         row[hidden // 2] = value
@@ -249,7 +249,7 @@ def test_wrong_tensors_are_refused(change, named):
             kernel(**arguments | change)
 
 
-def test_opcheck(isa):
+def test_opcheck():
     rows, message = torch.randn(5, 24), torch.zeros(100, dtype=torch.uint8)
     segments = [0, 2, 3, 1, 60, 2, 3, 4, 20, 68]
     for scales in (None, torch.full((5,), 10.0)):
