@@ -85,7 +85,8 @@ def quantize(
     top = levels(num_bits) * _ONE
     usable = torch.isfinite(row_scales) & (row_scales >= SMALLEST_SCALE)
     scales = torch.where(usable, row_scales, 1.0)
-    inverse = top / scales
+    # Of two tensors, because torch divides a number by multiplying with a rounded reciprocal.
+    inverse = torch.full_like(scales, top) / scales
     # Rounded down where it was rounded up, no |x| <= s can pass the top level.
     below = (inverse.view(torch.int32) - 1).view(torch.float32)
     inverse = torch.where(inverse * scales > top, below, inverse)

@@ -51,7 +51,7 @@ def _reference(
             scales = row_scales[first : first + num_rows]
         top = levels(num_bits)
         # A NaN scale marks a row that held NaN or Inf: it stays NaN, times whatever code.
-        step = torch.where(scales < SMALLEST_SCALE, 0.0, scales) / top
+        step = torch.where(scales < SMALLEST_SCALE, 0.0, scales) / torch.full_like(scales, top)
         row_bytes = packed_bytes(hidden, num_bits)
         packed = message[codes_offset : codes_offset + num_rows * row_bytes]
         codes = unpack(packed.view(num_rows, row_bytes), num_bits, hidden)
