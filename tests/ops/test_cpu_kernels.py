@@ -150,6 +150,17 @@ def test_decoding_of_any_bytes(isa, num_bits, dtype):
         assert_same_decoding(message, None, rows, segments)
 
 
+@pytest.mark.parametrize("num_bits", BITS)
+def test_scales_of_any_size(isa, num_bits):
+    """A division that is not rounded once shows in one row of thousands."""
+    generator = torch.Generator().manual_seed(num_bits)
+    bits = torch.randint(0x0D000000, 0x7F800000, (10000, 1), generator=generator)
+    rows = bits.int().view(torch.float32) * torch.tensor([1.0, -1.0, 0.5, 0.3, -0.7])
+    segments, _, num_bytes = layout(5, [(len(rows), num_bits)])
+    message = assert_same_encoding(rows, None, segments, num_bytes)
+    assert_same_decoding(message, None, rows, segments)
+
+
 def test_rows_far_down_the_random_stream(isa):
     rows = torch.randn(70000, 8)
     segments = [69990, 10, 5, 3, 60, 65530, 12, 2, 110, 150]
