@@ -2,8 +2,12 @@
 
 An op is registered under ``torch.ops.megatron_moe_comp`` with its reference as the kernel of every
 device; a compiled kernel overrides it by dispatch key, and call sites do not change. The same
-arguments give the same bytes from every kernel.
+arguments give the same bytes from every kernel. The compiled kernels are extension modules of the
+package, built by setup.py from kernels/.
 """
+
+import importlib
+import importlib.util
 
 import torch
 
@@ -27,3 +31,20 @@ def is_compiled(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(
         "megatron_moe_comp::quantize_pack", device_type.upper()
     )
+
+
+def _load_compiled_kernels() -> None:
+    """Loads the extension modules that were built, whose kernels override the references.
+
+    Raises:
+        ImportError: one exists but does not load: it was built against another torch.
+    """
+    names = ["_kernels_cpu"]
+    if torch.cuda.is_available():
+        names.append("_kernels_cuda")
+    for name in (f"megatron_moe_comp.{name}" for name in names):
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+
+
+_load_compiled_kernels()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_comp.ops.philox import random_halves
-from megatron_moe_comp.ops.segments import blocks
+from megatron_moe_comp.ops.segments import blocks, check
 
 SCHEMA = (
     "(Tensor rows, Tensor? row_scales, Tensor(a!) message, int[] segments, "
@@ -131,6 +131,9 @@ def _reference(
     offset: int,
     stream: int,
 ) -> None:
+    check(segments, rows, row_scales, message)
+    if not (0 <= offset < 2**32 and 0 <= stream < 2**32):
+        raise ValueError(f"offset and stream must be 0 to 2^32 - 1, not {offset} and {stream}")
     hidden = rows.shape[1]
     for first, num_rows, num_bits, codes_offset, scales_offset in blocks(segments, hidden):
         part = rows[first : first + num_rows]

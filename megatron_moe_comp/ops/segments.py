@@ -7,7 +7,10 @@ no Python object: first_row, num_rows, num_bits, codes_offset, scales_offset (by
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 FIELDS = 5
+MIN_BITS, MAX_BITS = 2, 8
 
 _BLOCK_VALUES = 1 << 18
 """Values that the references work on at once, so that their int64 temporaries stay in the cache."""
@@ -47,3 +50,34 @@ def blocks(table: Sequence[int], row_values: int) -> Iterator[OpSegment]:
                 codes + start * row_bytes,
                 scales + start * 4,
             )
+
+
+def check(
+    table: Sequence[int],
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    message: torch.Tensor,
+) -> None:
+    """Raises ValueError unless an op's tensors have the right form and hold its segments."""
+    if rows.dim() != 2 or not rows.is_contiguous() or not rows.is_floating_point():
+        raise ValueError(f"rows must be contiguous [N, H] of a floating-point dtype: {rows.shape}")
+    if message.dim() != 1 or not message.is_contiguous() or message.dtype != torch.uint8:
+        raise ValueError(f"message must be contiguous uint8 [bytes], not {message.dtype}")
+    if row_scales is not None and (
+        row_scales.shape != rows.shape[:1] or row_scales.dtype != torch.float32
+    ):
+        raise ValueError(f"row_scales must be float32 [{len(rows)}], not {row_scales.shape}")
+    if len(table) % FIELDS:
+        raise ValueError(f"segments must hold {FIELDS} integers per segment, not {len(table)}")
+    for i in range(0, len(table), FIELDS):
+        segment = OpSegment(*table[i : i + FIELDS])
+        if not MIN_BITS <= segment.num_bits <= MAX_BITS:
+            raise ValueError(f"num_bits must be {MIN_BITS} to {MAX_BITS}: {segment}")
+        if not 0 <= segment.first_row <= segment.first_row + segment.num_rows <= len(rows):
+            raise ValueError(f"a segment's rows must lie in the {len(rows)} rows: {segment}")
+        parts = [("codes", segment.codes_offset, -(-rows.shape[1] * segment.num_bits // 8))]
+        if row_scales is None:
+            parts.append(("scales", segment.scales_offset, 4))
+        for name, start, row_bytes in parts if segment.num_rows else ():
+            if not 0 <= start <= len(message) - segment.num_rows * row_bytes:
+                raise ValueError(f"{name} must lie in the {len(message)} bytes: {segment}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, packed_bytes
-from megatron_moe_comp.ops.segments import blocks
+from megatron_moe_comp.ops.segments import blocks, check
 
 SCHEMA = "(Tensor message, Tensor? row_scales, Tensor(a!) rows, int[] segments) -> ()"
 
@@ -40,6 +40,7 @@ def _reference(
     rows: torch.Tensor,
     segments: Sequence[int],
 ) -> None:
+    check(segments, rows, row_scales, message)
     hidden = rows.shape[1]
     for first, num_rows, num_bits, codes_offset, scales_offset in blocks(segments, hidden):
         if row_scales is None:

@@ -1,6 +1,5 @@
 import hashlib
 import math
-import sys
 
 import numpy
 import pytest
@@ -9,18 +8,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.ops.quantize_pack import levels, pack, packed_bytes, quantize
+from megatron_moe_comp.ops import segments
+from megatron_moe_comp.ops.quantize_pack import (
+    SMALLEST_SCALE,
+    _reference,
+    absmax,
+    levels,
+    pack,
+    packed_bytes,
+    quantize,
+)
 from megatron_moe_comp.ops.unpack_dequantize import unpack
 
 BITS = range(2, 9)
 RANDOM = {"key": 1, "offset": 2, "stream": 3}
 
 
+def encode(rows, num_bits, scales=None, **random):
+    """Returns a message of codes and, behind them, scales, and its one segment."""
+    code_bytes = len(rows) * packed_bytes(rows.shape[1], num_bits)
+    segment = ops.flatten([ops.OpSegment(0, len(rows), num_bits, 0, code_bytes)])
+    message = torch.full((code_bytes + 4 * len(rows),), 0xFF, dtype=torch.uint8)
+    ops.quantize_pack(rows, scales, message, segment, **RANDOM | random)
+    return message, segment
+
+
 def roundtrip(rows, num_bits, scales=None, dtype=torch.float32, **random):
-    scales = rows.abs().amax(1).float() if scales is None else scales
-    random = RANDOM | random
-    packed = ops.quantize_pack(rows, scales, num_bits, *random.values())
-    return ops.unpack_dequantize(packed, scales, num_bits, rows.shape[1], dtype)
+    message, segment = encode(rows, num_bits, scales, **random)
+    decoded = torch.full_like(rows, -7.0, dtype=dtype)
+    ops.unpack_dequantize(message, scales, decoded, segment)
+    return decoded
 
 
 def test_pack_example_of_the_docstring():
@@ -62,7 +79,7 @@ def test_unbiased(num_bits):
     """z-test of the mean of many draws against x, for every value of a row with an outlier."""
     draws = 20000
     x = torch.cat((torch.linspace(-1, 1, 29), torch.tensor([3.0, 0.0, 1e-3])))
-    decoded = roundtrip(x.expand(draws, -1), num_bits).double()
+    decoded = roundtrip(x.repeat(draws, 1), num_bits).double()
     step = 3.0 / levels(num_bits)
     u = x.double().abs() / step
     fraction = u - u.floor()
@@ -74,12 +91,21 @@ def test_unbiased(num_bits):
 
 
 @pytest.mark.parametrize("num_bits", BITS)
-def test_error_is_below_one_level_and_signs_are_symmetric(num_bits):
+def test_error_is_below_one_level(num_bits):
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    decoded = roundtrip(x, num_bits)
     step = x.abs().amax(1, keepdim=True) / levels(num_bits)
-    assert ((decoded - x).abs() <= step * 1.0001).all()
-    assert torch.equal(roundtrip(-x, num_bits), -decoded)
+    for rows in (x, -x):
+        assert ((roundtrip(rows, num_bits) - rows).abs() <= step * 1.0001).all()
+
+
+def test_scales_are_those_of_absmax():
+    rows = torch.randn(6, 16)
+    rows[1], rows[2, 3], rows[3, 5], rows[4] = -0.0, math.nan, -math.inf, 1e-40
+    message, segment = encode(rows, 4)
+    scales = message[segment[-1] :].clone().view(torch.float32)
+    expected = [rows[0].abs().max(), 0.0, math.nan, math.nan, rows[4, 0], rows[5].abs().max()]
+    for computed in (scales, absmax(rows)):
+        assert torch.equal(computed.view(torch.int32), torch.tensor(expected).view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -98,16 +124,30 @@ def test_zero_constant_and_tiny_rows(num_bits, dtype):
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_bad_scale_never_gives_finite_garbage(scale):
     rows = torch.tensor([[1.0, math.nan, math.inf, -math.inf, 0.0, 5.0, -5.0, 2.0]])
-    decoded = roundtrip(rows, 4, scales=torch.tensor([scale]))
-    assert not decoded.isfinite().any()
+    assert not roundtrip(rows, 4, scales=torch.tensor([scale])).isfinite().any()
+    assert roundtrip(rows, 4).isnan().all()
 
 
 def test_the_random_numbers_follow_the_row_not_the_block(monkeypatch):
     rows = torch.randn(40, 16)
-    whole = roundtrip(rows, 3)
-    # The op's function hides its module's name.
-    monkeypatch.setattr(sys.modules[quantize.__module__], "_BLOCK_VALUES", 48)
-    assert torch.equal(roundtrip(rows, 3), whole)
+    whole = torch.zeros(40 * 6, dtype=torch.uint8)
+    in_blocks = whole.clone()
+    table = ops.flatten([ops.OpSegment(0, 40, 3, 0, 0)])
+    _reference(rows, absmax(rows), whole, table, *RANDOM.values())
+    monkeypatch.setattr(segments, "_BLOCK_VALUES", 48)
+    _reference(rows, absmax(rows), in_blocks, table, *RANDOM.values())
+    assert torch.equal(in_blocks, whole)
+
+
+def test_the_bytes_do_not_depend_on_the_segments():
+    rows = torch.randn(40, 16)
+    message, _ = encode(rows, 3)
+    halves = torch.zeros_like(message)
+    for first in (0, 17):
+        num_rows = 17 if first == 0 else 23
+        segment = ops.OpSegment(first, num_rows, 3, 6 * first, 6 * 40 + 4 * first)
+        ops.quantize_pack(rows, None, halves, ops.flatten([segment]), **RANDOM)
+    assert torch.equal(halves, message)
 
 
 @pytest.mark.parametrize("name", ["key", "offset", "stream"])
@@ -118,34 +158,36 @@ def test_same_seed_same_bytes_and_no_other(name):
     assert not torch.equal(roundtrip(rows, 2, **{name: 99}), once)
 
 
-@pytest.mark.parametrize("num_bits", BITS)
-def test_opcheck(num_bits):
-    rows = torch.randn(5, 24)
-    scales = rows.abs().amax(1)
-    torch.library.opcheck(
-        torch.ops.megatron_moe_comp.quantize_pack, (rows, scales, num_bits, 1, 2, 3)
-    )
-    packed = ops.quantize_pack(rows, scales, num_bits, 1, 2, 3)
-    assert packed.shape == (5, packed_bytes(24, num_bits))
-    torch.library.opcheck(
-        torch.ops.megatron_moe_comp.unpack_dequantize,
-        (packed, scales, num_bits, 24, torch.bfloat16),
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    rows = torch.randn(5, 24).to(dtype)
+    message = torch.zeros(100, dtype=torch.uint8)
+    table = [0, 2, 3, 1, 60, 2, 3, 4, 20, 68]
+    for scales in (None, torch.full((5,), 10.0)):
+        torch.library.opcheck(
+            torch.ops.megatron_moe_comp.quantize_pack, (rows, scales, message, table, 1, 2, 3)
+        )
+        torch.library.opcheck(
+            torch.ops.megatron_moe_comp.unpack_dequantize, (message, scales, rows, table)
+        )
 
 
 def test_empty():
-    rows = torch.empty(0, 16)
-    assert roundtrip(rows, 5, scales=torch.empty(0)).shape == (0, 16)
+    assert roundtrip(torch.empty(0, 16), 5).shape == (0, 16)
+    message = torch.full((40,), 7, dtype=torch.uint8)
+    ops.quantize_pack(torch.ones(3, 16), None, message, [], **RANDOM)
+    ops.quantize_pack(torch.ones(3, 16), None, message, [1, 0, 4, 40, 40], **RANDOM)
+    assert (message == 7).all()
 
 
 GOLDEN = {
-    2: "745ce77e57386792",
-    3: "4f1ea4cef41ebf3e",
-    4: "986d3681983233b1",
-    5: "5cb8819a0fa1e146",
-    6: "298d237375fc614e",
-    7: "6045382e54aa8123",
-    8: "5fabb31505552d92",
+    2: "6ea44a0f372630b4",
+    3: "b372f223ce8839d4",
+    4: "f832b0f15d8fbfb1",
+    5: "4a95f7c71fcea4f9",
+    6: "f0f125a898eaee0c",
+    7: "d54ea97f878f1c49",
+    8: "07d5b1d7db8bf4b4",
 }
 
 
@@ -153,10 +195,12 @@ GOLDEN = {
 def test_the_bytes_never_change(num_bits):
     """What a seed means is part of the format: a resumed run repeats its bits, on any machine."""
     rows = (torch.arange(24 * 40) * 2654435761 % 2001 - 1000).float().view(24, 40) / 64
-    seed = (0x123456789ABCDEF, 11, 0xFFFFFFFF)
-    packed = ops.quantize_pack(rows, rows.abs().amax(1), num_bits, *seed)
-    digest = hashlib.sha256(packed.numpy().tobytes()).hexdigest()
-    assert digest[:16] == GOLDEN[num_bits]
+    seed = {"key": 0x123456789ABCDEF, "offset": 11, "stream": 0xFFFFFFFF}
+    message, segment = encode(rows, num_bits, **seed)
+    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == GOLDEN[num_bits]
+    message.fill_(0xFF)
+    _reference(rows, None, message, segment, *seed.values())
+    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == GOLDEN[num_bits]
 
 
 def philox_scalar(counter, key):
@@ -169,21 +213,40 @@ def philox_scalar(counter, key):
     return c
 
 
+def code_scalar(x, scale, num_bits, half):
+    """The code of one value, from NumPy's float32 scalars, which round after every operation."""
+    f32 = numpy.float32
+    top = f32(levels(num_bits) * 65536)
+    inverse = top / f32(scale)
+    if inverse * f32(scale) > top:
+        inverse = numpy.nextafter(inverse, f32(0))
+    return (int(numpy.rint(f32(x) * inverse + top)) + half) >> 16
+
+
 @pytest.mark.parametrize("num_bits", BITS)
 def test_codes_equal_a_scalar_reference(num_bits):
     rows = torch.randn(3, 21, generator=torch.Generator().manual_seed(num_bits)) * 5
     key, offset, stream = 0xABCDEF0123, 77, 0x80000001
-    scales = rows.abs().amax(1)
-    packed = ops.quantize_pack(rows, scales, num_bits, key, offset, stream)
-    f32, top = numpy.float32, levels(num_bits)
+    message, _ = encode(rows, num_bits, key=key, offset=offset, stream=stream)
+    row_bytes = packed_bytes(21, num_bits)
     for r in range(3):
-        inverse = f32(top) / f32(scales[r])
         expected = 0
         for column in range(21):
             words = philox_scalar((column // 8, r, offset, stream), key)
             half = words[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
-            x = f32(rows[r, column])
-            u = min(abs(x) * inverse, f32(top))
-            level = (int(u * f32(65536) + f32(0.5)) + half) >> 16
-            expected |= (top + (-level if x < 0 else level)) << column * num_bits
-        assert int.from_bytes(packed[r].numpy().tobytes(), "little") == expected
+            code = code_scalar(rows[r, column], rows[r].abs().max(), num_bits, half)
+            assert 0 <= code <= 2 * levels(num_bits)
+            expected |= code << column * num_bits
+        packed = message[r * row_bytes : (r + 1) * row_bytes]
+        assert int.from_bytes(packed.numpy().tobytes(), "little") == expected
+
+
+@given(exponent=st.floats(-30, 38), num_bits=st.integers(2, 8))
+@settings(max_examples=300, deadline=None)
+def test_the_largest_magnitude_never_passes_the_top_level(exponent, num_bits):
+    """Whatever the scale, +s and -s are the outermost codes; one beyond would not fit its bits."""
+    scale = min(10.0**exponent, 3.4e38)
+    rows = torch.tensor([[scale, -scale, 0.0]])
+    codes = quantize(rows, absmax(rows), num_bits, 0, **RANDOM)
+    if float(absmax(rows)) >= SMALLEST_SCALE:
+        assert codes.tolist() == [[2 * levels(num_bits), 0, levels(num_bits)]]
