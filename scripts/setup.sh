@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv with everything installed; done again only when what is to be installed changed.
+# Creates .venv with everything installed and the kernels compiled. Done again only when what is to
+# be installed changed; changed kernels are only compiled again.
 #   bash scripts/setup.sh
 # Python 3.12 is taken from $PYTHON, the PATH, pyenv or uv, whichever has it first.
 set -euo pipefail
@@ -31,20 +32,54 @@ MESSAGE
     return 1
 }
 
-wanted=$(cat pyproject.toml setup.py constraints.txt | sha256sum)
-stamp=.venv/.installed
-if [[ -f $stamp && $(<"$stamp") == "$wanted $PWD" ]]; then
+require_compiler() {
+    command -v "${CXX:-c++}" > /dev/null && return
+    cat >&2 <<MESSAGE
+The kernels need a C++ compiler, and ${CXX:-c++} was not found. Install g++ 10 or newer:
+    apt-get install g++
+or name one: CXX=/path/to/g++ bash scripts/setup.sh
+MESSAGE
+    return 1
+}
+
+is_current() {
+    [[ -f $1 && $(< "$1") == "$2" ]]
+}
+
+shopt -s globstar nullglob
+wanted="$(cat pyproject.toml constraints.txt | sha256sum) $PWD"
+toolkit="$(command -v nvcc || true) ${CUDA_HOME:-} ${TORCH_CUDA_ARCH_LIST:-} ${CXX:-}"
+sources="$(cat setup.py kernels/**/*.{cpp,h,cu,cuh} | sha256sum) $toolkit $wanted"
+installed=.venv/.installed
+built=.venv/.built
+if is_current $installed "$wanted" && is_current $built "$sources"; then
     exit 0
 fi
 
 exec 9> .venv.lock
 flock 9
-if [[ -f $stamp && $(<"$stamp") == "$wanted $PWD" ]]; then
-    exit 0 # another run installed it while this one waited
+if is_current $installed "$wanted" && is_current $built "$sources"; then
+    exit 0 # another run did it while this one waited
 fi
-python=$(find_python)
-echo "Installing into .venv with $python: PyTorch and Megatron, about 5 GB, a few minutes ..."
-"$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --upgrade "pip>=24" -c constraints.txt
-.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
-echo "$wanted $PWD" > "$stamp"
+# First: a kernel that is not built any more must not stay behind, a failed build must be repeated.
+rm -f $built megatron_moe_comp/_kernels_*.so
+if ! is_current $installed "$wanted"; then
+    python=$(find_python)
+    require_compiler
+    echo "Installing into .venv with $python: PyTorch and Megatron, about 5 GB, a few minutes ..."
+    "$python" -m venv --clear .venv
+    .venv/bin/python -m pip install --quiet --upgrade "pip>=24" -c constraints.txt
+    # The kernels are compiled against this torch; an isolated build would download another.
+    .venv/bin/python -m pip install -c constraints.txt setuptools ninja torch
+    .venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test]'
+    echo "$wanted" > $installed
+else
+    require_compiler
+    echo "Compiling the changed kernels ..."
+    if ! output=$(.venv/bin/python setup.py build_ext --inplace 2>&1); then
+        echo "$output" >&2
+        exit 1
+    fi
+fi
+.venv/bin/python setup.py --name 2> /dev/null | grep "^CUDA kernels" || true
+echo "$sources" > $built

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bash", "cat", "sha256sum", "dirname", "flock", "env")
+TOOLS = ("bash", "cat", "sha256sum", "dirname", "flock", "env", "grep", "mkdir", "cp", "rm")
 
 
 def run(command, timeout=300, **kwargs):
@@ -27,7 +27,7 @@ def run(command, timeout=300, **kwargs):
 
 @pytest.fixture
 def copy(tmp_path):
-    """The repository's setup files, without .venv, and a PATH without Python."""
+    """The repository's setup files, without .venv, and a PATH without Python or a real compiler."""
     for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
@@ -35,6 +35,7 @@ def copy(tmp_path):
     tools.mkdir()
     for tool in TOOLS:
         (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "c++").touch(0o755)
     return tmp_path
 
 
@@ -70,6 +71,56 @@ def test_python_is_found_in_pyenv_and_through_a_shim_that_fails(copy):
     assert f"{fake} -m venv" in done.stdout
     assert done.returncode == 3
     assert not (copy / ".venv/.installed").exists()
+
+
+FAKE_PYTHON = """#!/bin/bash
+[[ $1 == -c ]] && exit 0
+echo "$*" >> log
+[[ $2 == venv ]] || exit 0
+rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python
+"""
+
+
+def setup_commands(copy):
+    """Runs setup.sh with a Python that only writes down what it was to do; returns that."""
+    log = copy / "log"
+    log.write_text("")
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy)}
+    done = run(["bash", str(copy / "scripts/setup.sh")], env=environment)
+    assert done.returncode == 0, done.stdout
+    return [line.split()[:3] for line in log.read_text().splitlines()]
+
+
+def test_setup_repeats_what_changed(copy):
+    python = copy / "bin/python3.12"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    install = [["-m", "venv", "--clear"]] + [["-m", "pip", "install"]] * 3
+    status = ["setup.py", "--name"]
+    assert setup_commands(copy) == [*install, status]
+    assert setup_commands(copy) == []
+    kernel = copy / "kernels/cpu/new.cpp"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("// new")
+    build = [["setup.py", "build_ext", "--inplace"], status]
+    assert setup_commands(copy) == build
+    assert setup_commands(copy) == []
+    (copy / "setup.py").write_text("# changed")
+    assert setup_commands(copy) == build
+    (copy / "constraints.txt").write_text("# changed")
+    assert setup_commands(copy) == [*install, status]
+
+
+def test_without_a_compiler_the_message_says_what_to_install(copy):
+    (copy / "bin/c++").unlink()
+    python = copy / "bin/python3.12"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy)}
+    done = run(["bash", str(copy / "scripts/setup.sh")], env=environment)
+    assert done.returncode != 0
+    assert "apt-get install g++" in done.stdout
+    assert not (copy / ".venv").exists()
 
 
 def test_run_local_trains_and_reports():

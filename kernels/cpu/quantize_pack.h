@@ -46,8 +46,8 @@ struct PhiloxRow {
     const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;
     round1_c2 = random.stream ^ static_cast<uint32_t>(random.key >> 32);
     round2_c0 = static_cast<uint32_t>(product1) ^ static_cast<uint32_t>(random.round_keys[1][0][0]);
-    round2_c2 = static_cast<uint32_t>(product0 >> 32) ^
-                static_cast<uint32_t>(random.round_keys[1][1][0]);
+    round2_c2 =
+        static_cast<uint32_t>(product0 >> 32) ^ static_cast<uint32_t>(random.round_keys[1][1][0]);
     round3_c2 = static_cast<uint32_t>(product0) ^ static_cast<uint32_t>(random.round_keys[2][1][0]);
   }
 

@@ -17,10 +17,7 @@ namespace {
 
 constexpr int kColumns = 32;
 constexpr int kGroups = kColumns / 8;
-#ifndef NB2
-#define NB2 2
-#endif
-constexpr int kBlocks = NB2;  // whose Philox calls are interleaved
+constexpr int kBlocks = 2;  // of columns, whose Philox calls are interleaved
 
 MMC_TARGET_INLINE __m256i load(const void* address) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(address));
@@ -223,8 +220,8 @@ MMC_TARGET void encode(const T* values, int64_t hidden, uint32_t row, float inve
     random_words(groups, philox_row, random, words);
     __m256i codes = Rows<T>::codes(block, words[0], fixed_point);
     static constexpr auto kColumn = byte_index<32>([](int i) { return i; });
-    const __m256i is_value = _mm256_cmpgt_epi8(
-        _mm256_set1_epi8(static_cast<char>(num_values)), load(kColumn.of));
+    const __m256i is_value =
+        _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(num_values)), load(kColumn.of));
     uint8_t bytes[4 * kBits];
     store_packed<kBits>(_mm256_and_si256(codes, is_value), bytes);
     std::memcpy(packed, bytes, packed_bytes(num_values, kBits));
@@ -246,8 +243,7 @@ MMC_TARGET uint32_t absmax_bits(const T* values, int64_t hidden) {
   max[0] = Rows<T>::max_magnitude(max[0], max[1]);
   max[2] = Rows<T>::max_magnitude(max[2], max[3]);
   T largest[kValues];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(largest),
-                      Rows<T>::max_magnitude(max[0], max[2]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(largest), Rows<T>::max_magnitude(max[0], max[2]));
   uint32_t bits = 0;
   for (const T x : largest) bits = std::max(bits, magnitude_bits(x));
   for (; column < hidden; ++column) bits = std::max(bits, magnitude_bits(values[column]));

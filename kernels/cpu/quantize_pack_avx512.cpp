@@ -48,9 +48,9 @@ MMC_TARGET_INLINE __m512i last_words(__m512i products, __m512i word, const uint6
                                         _mm512_load_si512(key), kXor3);
 }
 
-// The random halves of some blocks of columns, from `groups` on. Their Philox calls are interleaved,
-// since one is a chain of dependent multiplications. A counter word is the low half of a 64-bit
-// lane; whatever is above it, vpmuludq ignores.
+// The random halves of some blocks of columns, from `groups` on. Their Philox calls are
+// interleaved, since one is a chain of dependent multiplications. A counter word is the low half of
+// a 64-bit lane; whatever is above it, vpmuludq ignores.
 template <int kNumBlocks>
 MMC_TARGET_INLINE void random_halves(__m512i groups, const PhiloxRow& row,
                                      const RandomStream& random, Halves (&halves)[kNumBlocks]) {
@@ -154,8 +154,8 @@ struct Rows<float> {
 
 template <>
 struct Rows<Bf16> {
-  static constexpr auto kOrder = byte_index<64>(
-      [](int i) { return i % 32 / 2 * 4 + kByteOfVector[i / 32 * 2 + i % 2]; });
+  static constexpr auto kOrder =
+      byte_index<64>([](int i) { return i % 32 / 2 * 4 + kByteOfVector[i / 32 * 2 + i % 2]; });
 
   static MMC_TARGET_INLINE __m512i max_magnitude(__m512i max, __m512i x) {
     return _mm512_max_epu16(max, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
@@ -180,8 +180,7 @@ struct Rows<Bf16> {
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
       const __m512 odd =
           _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-      sum[2 * i] =
-          add_half(even, _mm512_and_si512(half, _mm512_set1_epi32(0xffff)), fixed_point);
+      sum[2 * i] = add_half(even, _mm512_and_si512(half, _mm512_set1_epi32(0xffff)), fixed_point);
       sum[2 * i + 1] = add_half(odd, _mm512_srli_epi32(half, 16), fixed_point);
     }
     return gather_codes(sum[0], sum[1], sum[2], sum[3]);
@@ -251,8 +250,10 @@ MMC_TARGET_INLINE void encode_blocks(const Row& row, __m512i groups, const T* va
 template <typename T, int kBits>
 MMC_TARGET void encode(const T* values, int64_t hidden, uint32_t row_number, float inverse,
                        const RandomStream& random, uint8_t* packed) {
-  const Row row{PhiloxRow(row_number, random), random,
-                {_mm512_set1_ps(inverse), _mm512_set1_ps(levels(kBits) * kOne)}, hidden};
+  const Row row{PhiloxRow(row_number, random),
+                random,
+                {_mm512_set1_ps(inverse), _mm512_set1_ps(levels(kBits) * kOne)},
+                hidden};
   __m512i groups = _mm512_load_si512(kGroupOfLane);
   int64_t column = 0;
   for (; column + kBlocks * kColumns <= hidden; column += kBlocks * kColumns) {
@@ -275,8 +276,7 @@ MMC_TARGET uint32_t absmax_bits(const T* values, int64_t hidden) {
   int64_t column = 0;
   for (; column + 4 * kValues <= hidden; column += 4 * kValues) {
     for (int i = 0; i < 4; ++i) {
-      max[i] =
-          Rows<T>::max_magnitude(max[i], Rows<T>::load(values + column + i * kValues, kAll));
+      max[i] = Rows<T>::max_magnitude(max[i], Rows<T>::load(values + column + i * kValues, kAll));
     }
   }
   for (; column < hidden; column += kValues) {

@@ -21,17 +21,17 @@ void check_tensors(const at::Tensor& rows, const std::optional<at::Tensor>& row_
                     rows.scalar_type(), " ", rows.sizes(), " with strides ", rows.strides());
   TORCH_CHECK_VALUE(
       message.dim() == 1 && message.is_contiguous() && message.scalar_type() == at::kByte,
-      "message must be contiguous uint8 [bytes], not ", message.scalar_type(), " ",
-      message.sizes(), " with strides ", message.strides());
+      "message must be contiguous uint8 [bytes], not ", message.scalar_type(), " ", message.sizes(),
+      " with strides ", message.strides());
   TORCH_CHECK_VALUE(message.device() == rows.device(), "message must be on ", rows.device(),
                     " like rows, not on ", message.device());
   if (!row_scales) return;
   TORCH_CHECK_VALUE(row_scales->dim() == 1 && row_scales->size(0) == rows.size(0) &&
                         row_scales->is_contiguous() && row_scales->scalar_type() == at::kFloat &&
                         row_scales->device() == rows.device(),
-                    "row_scales must be contiguous float32 [", rows.size(0), "] on ",
-                    rows.device(), ", not ", row_scales->scalar_type(), " ", row_scales->sizes(),
-                    " on ", row_scales->device());
+                    "row_scales must be contiguous float32 [", rows.size(0), "] on ", rows.device(),
+                    ", not ", row_scales->scalar_type(), " ", row_scales->sizes(), " on ",
+                    row_scales->device());
 }
 
 }  // namespace
@@ -57,7 +57,9 @@ std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& r
                           table[i + 4]};
     check_range(number, "codes", segment.codes_offset,
                 num_rows * packed_bytes(rows.size(1), segment.num_bits), message.numel());
-    if (!row_scales) check_range(number, "scales", segment.scales_offset, 4 * num_rows, message.numel());
+    if (!row_scales) {
+      check_range(number, "scales", segment.scales_offset, 4 * num_rows, message.numel());
+    }
     segments.push_back(segment);
   }
   return segments;

@@ -26,8 +26,7 @@ const UnpackDequantize<T>& kernels_of(Isa isa) {
   return unpack_dequantize_generic<T>();
 }
 
-// Row `first_row` of the op is `rows`; `row_scales`, of all the op's rows, may be null: those in the
-// message.
+// `row_scales` may be null: the scales in the message.
 template <typename T>
 void unpack_dequantize_rows(const uint8_t* message, const float* row_scales, T* rows,
                             int64_t hidden, const std::vector<Segment>& segments) {

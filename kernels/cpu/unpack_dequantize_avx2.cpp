@@ -32,13 +32,12 @@ constexpr Shifts code_shifts() {
 template <int kBits>
 MMC_TARGET_INLINE __m256i unpack(__m256i lanes) {
   // The two bytes that hold code i to lane i; what is above them does not matter.
-  static constexpr auto kBytes =
-      byte_index<32>([](int i) { return i / 4 * kBits / 8 + i % 2; });
+  static constexpr auto kBytes = byte_index<32>([](int i) { return i / 4 * kBits / 8 + i % 2; });
   static constexpr Shifts kShifts = code_shifts<kBits>();
-  const __m256i bytes = _mm256_shuffle_epi8(
-      lanes, _mm256_load_si256(reinterpret_cast<const __m256i*>(kBytes.of)));
-  const __m256i codes = _mm256_srlv_epi32(
-      bytes, _mm256_load_si256(reinterpret_cast<const __m256i*>(kShifts.of)));
+  const __m256i bytes =
+      _mm256_shuffle_epi8(lanes, _mm256_load_si256(reinterpret_cast<const __m256i*>(kBytes.of)));
+  const __m256i codes =
+      _mm256_srlv_epi32(bytes, _mm256_load_si256(reinterpret_cast<const __m256i*>(kShifts.of)));
   return _mm256_and_si256(codes, _mm256_set1_epi32((1 << kBits) - 1));
 }
 
@@ -47,11 +46,10 @@ MMC_TARGET_INLINE void store(__m256 x, float* values) { _mm256_storeu_ps(values,
 MMC_TARGET_INLINE void store(__m256 x, Bf16* values) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i upper = _mm256_srli_epi32(rounded, 16);
-  const __m128i row = _mm256_castsi256_si128(
-      _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xd8));
+  const __m128i row =
+      _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xd8));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(values), row);
 }
 
@@ -89,9 +87,9 @@ MMC_TARGET void decode(const uint8_t* packed, int64_t hidden, float step, T* val
 
 template <typename T>
 const UnpackDequantize<T>& unpack_dequantize_avx2() {
-  static constexpr UnpackDequantize<T> kernels = {
-      {nullptr, nullptr, decode<T, 2>, decode<T, 3>, decode<T, 4>, decode<T, 5>, decode<T, 6>,
-       decode<T, 7>, decode<T, 8>}};
+  static constexpr UnpackDequantize<T> kernels = {{nullptr, nullptr, decode<T, 2>, decode<T, 3>,
+                                                   decode<T, 4>, decode<T, 5>, decode<T, 6>,
+                                                   decode<T, 7>, decode<T, 8>}};
   return kernels;
 }
 

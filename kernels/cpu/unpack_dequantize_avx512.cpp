@@ -26,8 +26,8 @@ MMC_TARGET_INLINE __m512i unpack(__m512i packed) {
     return packed;
   } else {
     // The b bytes of eight codes to a 64-bit lane; then the eight bits at every multiple of b.
-    static constexpr auto kSpread = byte_index<64>(
-        [](int i) { return i % 8 < kBits ? i / 8 * kBits + i % 8 : 0; });
+    static constexpr auto kSpread =
+        byte_index<64>([](int i) { return i % 8 < kBits ? i / 8 * kBits + i % 8 : 0; });
     static constexpr auto kShift = byte_index<64>([](int i) { return i % 8 * kBits; });
     const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kSpread.of), packed);
     const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(kShift.of), lanes);
@@ -93,8 +93,8 @@ MMC_TARGET_INLINE void store_columns(__m512i codes, const Levels& levels, __mmas
 }
 
 template <typename T, int kBits, bool kStreaming>
-MMC_TARGET_INLINE void decode_block(const uint8_t* packed, int64_t num_values,
-                                    const Levels& levels, T* values) {
+MMC_TARGET_INLINE void decode_block(const uint8_t* packed, int64_t num_values, const Levels& levels,
+                                    T* values) {
   const __mmask64 used = first_bytes(packed_bytes(num_values, kBits));
   const __m512i codes = unpack<kBits>(_mm512_maskz_loadu_epi8(used, packed));
   store_columns<kStreaming>(codes, levels, first_bytes(num_values), values);
@@ -127,9 +127,9 @@ MMC_TARGET void decode(const uint8_t* packed, int64_t hidden, float step, T* val
 
 template <typename T>
 const UnpackDequantize<T>& unpack_dequantize_avx512() {
-  static constexpr UnpackDequantize<T> kernels = {
-      {nullptr, nullptr, decode<T, 2>, decode<T, 3>, decode<T, 4>, decode<T, 5>, decode<T, 6>,
-       decode<T, 7>, decode<T, 8>}};
+  static constexpr UnpackDequantize<T> kernels = {{nullptr, nullptr, decode<T, 2>, decode<T, 3>,
+                                                   decode<T, 4>, decode<T, 5>, decode<T, 6>,
+                                                   decode<T, 7>, decode<T, 8>}};
   return kernels;
 }
 

@@ -24,9 +24,9 @@ void decode(const uint8_t* packed, int64_t hidden, float step, T* values, bool /
 
 template <typename T>
 const UnpackDequantize<T>& unpack_dequantize_generic() {
-  static constexpr UnpackDequantize<T> kernels = {
-      {nullptr, nullptr, decode<T, 2>, decode<T, 3>, decode<T, 4>, decode<T, 5>, decode<T, 6>,
-       decode<T, 7>, decode<T, 8>}};
+  static constexpr UnpackDequantize<T> kernels = {{nullptr, nullptr, decode<T, 2>, decode<T, 3>,
+                                                   decode<T, 4>, decode<T, 5>, decode<T, 6>,
+                                                   decode<T, 7>, decode<T, 8>}};
   return kernels;
 }
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe_comp import ops
+from megatron_moe_comp.ops.philox import random_halves
 from megatron_moe_comp.ops.quantize_pack import _reference as quantize_pack_reference
-from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes
+from megatron_moe_comp.ops.quantize_pack import absmax, levels, packed_bytes
 from megatron_moe_comp.ops.unpack_dequantize import _reference as unpack_dequantize_reference
 
 ISA_VARIABLE = "MEGATRON_MOE_COMP_CPU_ISA"
@@ -151,12 +152,17 @@ def test_decoding_of_any_bytes(isa, num_bits, dtype):
 
 
 @pytest.mark.parametrize("num_bits", BITS)
-def test_scales_of_any_size(isa, num_bits):
-    """A division that is not rounded once shows in one row of thousands."""
+def test_values_at_the_edge_of_a_code(isa, num_bits):
+    """Where the random bits just reach the next code, any operation rounded otherwise shows."""
     generator = torch.Generator().manual_seed(num_bits)
-    bits = torch.randint(0x0D000000, 0x7F800000, (10000, 1), generator=generator)
-    rows = bits.int().view(torch.float32) * torch.tensor([1.0, -1.0, 0.5, 0.3, -0.7])
-    segments, _, num_bytes = layout(5, [(len(rows), num_bits)])
+    scales = torch.randint(0x0D000000, 0x7F800000, (1000, 1), generator=generator)
+    scales = scales.int().view(torch.float32)
+    top = levels(num_bits) * 65536
+    codes = torch.randint(1, 2 * levels(num_bits) + 1, (1000, 64), generator=generator)
+    edges = codes * 65536 - random_halves(torch.arange(1000), 8, **RANDOM).flatten(1)
+    rows = ((edges - top).double() / top * scales).float()
+    rows[:, :1] = scales
+    segments, _, num_bytes = layout(64, [(1000, num_bits)])
     message = assert_same_encoding(rows, None, segments, num_bytes)
     assert_same_decoding(message, None, rows, segments)
 
