@@ -73,7 +73,8 @@ class CompressionConfig:
     receives more than its share (default: optimal for birdmoe, uniform for others)."""
 
     moe_a2a_min_bits: int | None = None
-    """Fewest bits that a bit policy may give (default: the method's fewest)."""
+    """Fewest bits that a bit policy may give (default: half of --moe-a2a-bits, or the method's
+    fewest). The rows with the fewest bits make most of the error."""
 
     moe_a2a_max_bits: int | None = None
     """Most bits that a bit policy may give (default: 8)."""
@@ -151,27 +152,30 @@ class CompressionConfig:
                     )
             object.__setattr__(self, "moe_a2a_bit_policy", "uniform")
             return
-        default = "optimal" if self.moe_a2a_compress == "birdmoe" else "uniform"
-        policy = self.moe_a2a_bit_policy or default
+        method_policy = "optimal" if self.moe_a2a_compress == "birdmoe" else "uniform"
+        policy = self.moe_a2a_bit_policy or method_policy
         object.__setattr__(self, "moe_a2a_bit_policy", policy)
         fewest, most = BITS_RANGE[self.moe_a2a_compress]
-        limits = {"moe_a2a_min_bits": fewest, "moe_a2a_max_bits": most}
-        for name, value in ({"moe_a2a_bits": DEFAULT_BITS} | limits).items():
+        if self.moe_a2a_bits is None:
+            object.__setattr__(self, "moe_a2a_bits", DEFAULT_BITS)
+        for name in ("moe_a2a_bits", "moe_a2a_min_bits", "moe_a2a_max_bits"):
             given = getattr(self, name)
-            if given is None:
-                if name not in limits or policy != "uniform":
-                    object.__setattr__(self, name, value)
-            elif not fewest <= given <= most:
+            if given is not None and not fewest <= given <= most:
                 raise ValueError(
                     f"{_flag(name)}={given}: a code of {method} has {fewest} to {most} bits, sign "
                     f"included. Use {fewest} to {most}, or --moe-a2a-compress=none to send rows "
                     "uncompressed."
                 )
-            elif name in limits and policy == "uniform":
+        defaults = (max(fewest, self.moe_a2a_bits // 2), most)
+        for name, default in zip(("moe_a2a_min_bits", "moe_a2a_max_bits"), defaults, strict=True):
+            given = getattr(self, name)
+            if given is not None and policy == "uniform":
                 raise ValueError(
                     f"{_flag(name)}={given}: with the uniform policy every row has --moe-a2a-bits. "
                     "Drop the option, or use --moe-a2a-bit-policy=optimal or proportional."
                 )
+            if given is None and policy != "uniform":
+                object.__setattr__(self, name, default)
         if policy == "uniform":
             return
         low, bits, high = self.moe_a2a_min_bits, self.moe_a2a_bits, self.moe_a2a_max_bits

@@ -58,7 +58,7 @@ def test_a_bad_value_is_refused_with_option_requirement_and_remedy(changes, part
     ("method", "bits", "policy", "limits"),
     [
         ("none", None, None, (None, None)),
-        ("birdmoe", 6, "optimal", (2, 8)),
+        ("birdmoe", 6, "optimal", (3, 8)),
         ("rq", 6, "uniform", (None, None)),
         ("pwlq", 6, "uniform", (None, None)),
         ("mxfp8", None, "uniform", (None, None)),
@@ -72,6 +72,17 @@ def test_what_is_not_given_follows_the_method(method, bits, policy, limits):
     assert replace(config, moe_a2a_seed=1) == CompressionConfig(
         moe_a2a_compress=method, moe_a2a_seed=1
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "fewest"),
+    [("birdmoe", 2, 2), ("birdmoe", 5, 2), ("birdmoe", 8, 4), ("pwlq", 4, 3), ("pwlq", 8, 4)],
+)
+def test_a_policy_gives_at_least_half_the_bits(method, bits, fewest):
+    config = CompressionConfig(
+        moe_a2a_compress=method, moe_a2a_bits=bits, moe_a2a_bit_policy="optimal"
+    )
+    assert config.moe_a2a_min_bits == fewest
 
 
 def test_none_ignores_the_options_of_other_methods():

@@ -9,13 +9,11 @@ diagonal, rows that stay, never counts. Load: rows that a node receives from the
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 
-from megatron_moe_comp.ops.allocate_bits import allocate_bits as allocate_optimal_bits
-
-BitPolicy = Literal["uniform", "proportional", "optimal"]
+from megatron_moe_comp import ops
+from megatron_moe_comp.config import BitPolicy
 
 
 def allocate_bits(
@@ -66,7 +64,7 @@ def optimal(num_rows: torch.Tensor, target_bits: int, min_bits: int, max_bits: i
     See `ops.allocate_bits`. No node exceeds the mean traffic at `target_bits`, unless it does at
     `min_bits`. Links without rows, and rows that stay, get `max_bits`.
     """
-    return allocate_optimal_bits(num_rows, target_bits, min_bits, max_bits)
+    return ops.allocate_bits(num_rows, target_bits, min_bits, max_bits)
 
 
 POLICIES: Mapping[BitPolicy, Callable[[torch.Tensor, int, int, int], torch.Tensor]] = {

@@ -11,6 +11,7 @@ import importlib.util
 
 import torch
 
+from megatron_moe_comp.ops.allocate_bits import allocate_bits
 from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize_pack
 from megatron_moe_comp.ops.segments import OpSegment, flatten
 from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
@@ -18,6 +19,7 @@ from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
 __all__ = [
     "OpSegment",
     "absmax",
+    "allocate_bits",
     "flatten",
     "is_compiled",
     "packed_bytes",

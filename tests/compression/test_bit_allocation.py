@@ -7,11 +7,11 @@ import torch
 
 from megatron_moe_comp.compression.bit_allocation import (
     POLICIES,
-    BitPolicy,
     allocate_bits,
     most_loaded,
     variance,
 )
+from megatron_moe_comp.config import BitPolicy
 
 LIMITS = {"min_bits": 2, "max_bits": 8}
 

@@ -1,6 +1,7 @@
 """CompressedMoELayer against Megatron's MoELayer, on the stock dispatcher's own terms."""
 
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_moe_comp.comm_stats import Column
-from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.config import WIRES, BitPolicy, CompressionConfig
 
 HIDDEN, EXPERTS, TOKENS, BATCH = 64, 8, 24, 2
 
@@ -161,12 +162,12 @@ def is_close_to_stock(rank, model, routing, options, bound):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_eight_bits_are_close_to_stock_and_every_gradient_exists(megatron_pool, model, routing):
-    megatron_pool.run(is_close_to_stock, model, routing, {"moe_a2a_bits": 8}, 0.1)
+    megatron_pool.run(is_close_to_stock, model, routing, {"method": "rq", "moe_a2a_bits": 8}, 0.1)
 
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_each_wire_alone(megatron_pool, wire):
-    options = {"moe_a2a_bits": 8, "moe_a2a_wires": (wire,)}
+    options = {"method": "rq", "moe_a2a_bits": 8, "moe_a2a_wires": (wire,)}
     megatron_pool.run(only_this_wire_differs, wire, options)
 
 
@@ -286,6 +287,49 @@ def test_a_rank_with_8x_larger_activations_degrades_no_other(megatron_pool, opti
     assert max(larger[0]) < 2 * max(equal[0])
 
 
+def load_of_policies(rank, routing):
+    """Figures of each bit policy, of all ranks alike, and its bits."""
+    results = {}
+    for policy in get_args(BitPolicy):
+        layer = compressed(make_config(), moe_a2a_bits=6, moe_a2a_bit_policy=policy)
+        allocated = []
+        with_bits = layer.token_dispatcher._with_bits
+        layer.token_dispatcher._with_bits = lambda *args, keep=allocated, call=with_bits: (
+            keep.append(call(*args)) or keep[0]
+        )
+        run(layer, routing, rank)
+        totals = layer.stats.totals()
+        assert (totals[:, Column.PASSES] == 1).all()
+        # The way back mirrors the way there, but for nothing: codes and scales alone count.
+        assert torch.equal(totals[:1, Column.LOAD], totals[3:, Column.LOAD])
+        results[policy] = totals[0, Column.LOAD_RAW :].tolist(), allocated[0]
+    return results
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_bit_policies_shift_the_load(megatron_pool, routing):
+    results = megatron_pool.run(load_of_policies, routing)
+    for policy, (figures, links) in results[0].items():
+        raw, uniform, sent = figures
+        for other in results[1:]:
+            assert other[policy][0] == figures
+            assert torch.equal(other[policy][1].bits, links.bits)
+        crossing = links.rows.clone().fill_diagonal_(0)
+        rows = max(crossing.sum(dim=0).max(), crossing.sum(dim=1).max()).item()
+        assert raw == rows * 4 * HIDDEN
+        assert uniform == rows * (6 * HIDDEN // 8 + 4)
+        if policy == "uniform":
+            assert sent == uniform
+        elif policy == "optimal" and crossing.any():
+            budget = 6 * crossing.sum().item() / len(crossing)
+            most = max((crossing * links.bits).sum(dim=d).max().item() for d in (0, 1))
+            assert most <= budget or (links.bits[crossing > 0] == 3).any()
+            assert sent <= uniform
+    if routing == "one rank gets all" and len(results) == 4:
+        raw, uniform, sent = results[0]["optimal"][0]
+        assert sent < 0.65 * uniform
+
+
 def rows_within_a_node(rank):
     """Nodes of two ranks; with four, only rows between the pairs are compressed."""
     options = {"method": "rq", "moe_a2a_bits": 4}
@@ -337,7 +381,8 @@ def mean_over_iterations(rank, draws):
     """
     config = make_config()
     theirs = run(stock(config), rank=rank)
-    options = {"moe_a2a_bits": 3, "moe_a2a_wires": ("combine_fwd", "dispatch_bwd")}
+    wires = ("combine_fwd", "dispatch_bwd")
+    options = {"method": "rq", "moe_a2a_bits": 3, "moe_a2a_wires": wires}
     output, gradient, spread = 0, 0, 0
     for iteration in range(draws):
         ours = run(compressed(config, iteration=iteration, **options), rank=rank)
