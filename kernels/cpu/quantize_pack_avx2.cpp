@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kColumns = 32;
 constexpr int kGroups = kColumns / 8;
-constexpr int kBlocks = 2;  // of columns, whose Philox calls are interleaved
+constexpr int kBlocks = 4;  // of columns, whose Philox calls are interleaved
 
 MMC_TARGET_INLINE __m256i load(const void* address) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(address));
