@@ -45,7 +45,8 @@ inputs=(
     --train-data-path "${data}_train" --valid-data-path "${data}_valid"
     --test-data-path "${data}_test" --data-cache-path "${data}_cache" --num-workers 1
 )
-compression=(--moe-a2a-compress=birdmoe --moe-a2a-stats-json runs/local/a2a.json)
+# Two ranks have one link each way: there is no load to even out.
+compression=(--moe-a2a-compress=birdmoe --moe-a2a-bit-policy=uniform --moe-a2a-stats-json runs/local/a2a.json)
 if ((gpus > 0)); then
     model+=(--bf16)
     if ! .venv/bin/python -c 'import transformer_engine' 2> /dev/null; then
