@@ -25,7 +25,7 @@ KERNELS = Path("kernels")
 HEADERS = sorted(str(path) for suffix in ("h", "cuh") for path in KERNELS.rglob(f"*.{suffix}"))
 # Each float operation rounds once, so that the bytes are the same everywhere. OpenMP is not linked:
 # its symbols must be those of torch's own runtime. GCC 12 warns about its AVX-512 header.
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fopenmp"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-O3", "-fmad=false"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
