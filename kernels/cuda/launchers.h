@@ -1,0 +1,45 @@
+// What the torch binding and the tests call; the kernels know nothing of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace moe_comp {
+
+constexpr int kSegmentFields = 5;  // as in megatron_moe_comp/ops/segments.py
+constexpr int64_t kMaxHidden = (int64_t{1} << 28) - 1;  // the bits of a row fit an int
+
+enum class RowType : int32_t { kFloat32, kBfloat16, kFloat16 };
+
+// The arguments that both ops have. Everything but `segments` is in device memory; the segments are
+// read before the call returns. The caller has checked that they lie within rows and message.
+struct OpCall {
+  void* rows;               // [N, hidden]
+  int64_t hidden;           // 0 to kMaxHidden
+  const float* row_scales;  // [N], or null: the scales are in the message
+  uint8_t* message;
+  const int64_t* segments;  // kSegmentFields each
+  int64_t num_segments;
+  RowType row_type;
+};
+
+// Which random numbers are used: the key and two words of the counter of Philox.
+struct RandomStream {
+  uint64_t key;
+  uint32_t offset;
+  uint32_t stream;
+};
+
+}  // namespace moe_comp
+
+extern "C" {
+
+// Enqueues the op on a stream and returns at once; reads call->rows, writes call->message.
+cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
+                                   const moe_comp::RandomStream* random, cudaStream_t stream);
+
+// Enqueues the op on a stream and returns at once; reads call->message, writes call->rows.
+cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_t stream);
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+"""The compiled CUDA kernels on a GPU, called like the emulated ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_moe_comp import ops
+
+
+class GpuKernels:
+    """Both ops on copies of NumPy arrays, which lie as far from an aligned address as those do."""
+
+    def __init__(self, device: str = "cuda"):
+        assert ops.is_compiled(device), "the CUDA kernels are not built: run scripts/setup.sh"
+        self._device = device
+
+    def quantize_pack(
+        self,
+        rows: np.ndarray,
+        row_type: str,
+        row_scales: np.ndarray | None,
+        message: np.ndarray,
+        segments: Sequence[int],
+        random: tuple[int, int, int],
+    ) -> None:
+        """Writes into the message; `random` is key, offset and stream."""
+        written = self._copy(message, torch.uint8)
+        torch.ops.megatron_moe_comp.quantize_pack(
+            self._copy(rows, getattr(torch, row_type)),
+            None if row_scales is None else self._copy(row_scales, torch.float32),
+            written,
+            segments,
+            *random,
+        )
+        message[:] = written.cpu().numpy()
+
+    def unpack_dequantize(
+        self,
+        message: np.ndarray,
+        row_scales: np.ndarray | None,
+        rows: np.ndarray,
+        row_type: str,
+        segments: Sequence[int],
+    ) -> None:
+        """Writes into the rows."""
+        written = self._copy(rows, getattr(torch, row_type))
+        torch.ops.megatron_moe_comp.unpack_dequantize(
+            self._copy(message, torch.uint8),
+            None if row_scales is None else self._copy(row_scales, torch.float32),
+            written,
+            segments,
+        )
+        rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
+
+    def _copy(self, array, dtype):
+        skip = array.ctypes.data % 16
+        memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]
+        memory.copy_(torch.from_numpy(array.reshape(-1).view(np.uint8)))
+        return memory.view(dtype).view(array.shape)
