@@ -10,6 +10,8 @@ import torch
 from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 
+_BLOCK_VALUES = 1 << 16
+
 
 class Codec(ABC):
     """One format of rows on the wire; a pure function of rows, bits and random stream.
@@ -93,8 +95,8 @@ class TensorCodec(Codec):
         message: torch.Tensor,
         random: RandomStream,
     ) -> None:
-        """Encodes segments of equal bits together."""
-        for num_bits, group in self._groups(segments):
+        """Encodes some rows at a time; see `_groups`."""
+        for num_bits, group in self._groups(segments, rows):
             slices = [slice(s.first_row, s.first_row + s.num_rows) for s in group]
             row_numbers = torch.cat(
                 [torch.arange(s.start, s.stop, device=rows.device) for s in slices]
@@ -113,9 +115,9 @@ class TensorCodec(Codec):
     def decode(
         self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
     ) -> None:
-        """Decodes segments of equal bits together."""
+        """Decodes some rows at a time; see `_groups`."""
         hidden_size, dtype = rows.shape[1], rows.dtype
-        for num_bits, group in self._groups(segments):
+        for num_bits, group in self._groups(segments, rows):
             parts = []
             for i, section in enumerate(self.sections(hidden_size, dtype, num_bits)):
                 width = section.row_bytes or section.segment_bytes
@@ -135,12 +137,34 @@ class TensorCodec(Codec):
                 rows[s.first_row : s.first_row + s.num_rows] = decoded[first : first + s.num_rows]
                 first += s.num_rows
 
-    def _groups(self, segments: Sequence[Segment]) -> Iterator[tuple[int, list[Segment]]]:
-        """Yields the segments with rows by their bits; one at a time where rows share anything."""
+    def _groups(
+        self, segments: Sequence[Segment], rows: torch.Tensor
+    ) -> Iterator[tuple[int, list[Segment]]]:
+        """Yields bits and the segments with rows to work on at once.
+
+        A segment at a time where its rows share anything. Otherwise on a CPU a block of rows whose
+        temporaries stay in the cache, elsewhere all rows of equal bits: few launches.
+        """
         filled = [s for s in segments if s.num_rows]
         if self.is_segment_wide:
             yield from ((s.num_bits, [s]) for s in filled)
-            return
-        filled.sort(key=lambda s: s.num_bits)
-        for num_bits, group in groupby(filled, key=lambda s: s.num_bits):
-            yield num_bits, list(group)
+        elif rows.device.type == "cpu":
+            for s in filled:
+                yield from ((s.num_bits, [block]) for block in self._blocks(s, rows))
+        else:
+            filled.sort(key=lambda s: s.num_bits)
+            for num_bits, group in groupby(filled, key=lambda s: s.num_bits):
+                yield num_bits, list(group)
+
+    def _blocks(self, segment: Segment, rows: torch.Tensor) -> Iterator[Segment]:
+        """Yields the segment in blocks of about `_BLOCK_VALUES` values."""
+        hidden_size = rows.shape[1]
+        sections = self.sections(hidden_size, rows.dtype, segment.num_bits)
+        block_rows = max(1, _BLOCK_VALUES // hidden_size)
+        for start in range(0, segment.num_rows, block_rows):
+            offsets = (
+                offset + start * section.row_bytes
+                for section, offset in zip(sections, segment.offsets, strict=True)
+            )
+            num_rows = min(block_rows, segment.num_rows - start)
+            yield Segment(segment.first_row + start, num_rows, segment.num_bits, tuple(offsets))
