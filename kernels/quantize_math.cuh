@@ -16,6 +16,7 @@ namespace moe_comp {
 
 constexpr int kMinBits = 2;
 constexpr int kMaxBits = 8;
+constexpr int kSegmentFields = 5;  // integers per segment, as in megatron_moe_comp/ops/segments.py
 constexpr float kSmallestScale = 0x1p-100f;
 constexpr float kOne = 65536.0f;  // 1 in the 16.16 fixed point in which values are rounded
 constexpr uint32_t kNanBits = 0x7fc00000u;

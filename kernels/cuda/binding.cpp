@@ -8,7 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../quantize_math.cuh"
+#include "../segment_checks.h"
 #include "launchers.h"
 
 namespace moe_comp {
@@ -16,52 +16,13 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-void check_tensors(const at::Tensor& rows, const OptionalTensor& row_scales,
-                   const at::Tensor& message) {
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.is_floating_point(),
-                    "rows must be contiguous [N, H] of a floating-point dtype, not ",
-                    rows.scalar_type(), " ", rows.sizes(), " with strides ", rows.strides());
+// Throws a ValueError that names the value and the requirement.
+void check(at::IntArrayRef table, const at::Tensor& rows, const OptionalTensor& row_scales,
+           const at::Tensor& message) {
+  check_arguments(table, rows, row_scales, message);
   TORCH_CHECK_VALUE(rows.is_cuda(), "rows must be on a CUDA device, not on ", rows.device());
   TORCH_CHECK_VALUE(rows.size(1) <= kMaxHidden, "rows must have at most ", kMaxHidden,
                     " columns, not ", rows.size(1));
-  TORCH_CHECK_VALUE(
-      message.dim() == 1 && message.is_contiguous() && message.scalar_type() == at::kByte,
-      "message must be contiguous uint8 [bytes], not ", message.scalar_type(), " ", message.sizes(),
-      " with strides ", message.strides());
-  TORCH_CHECK_VALUE(message.device() == rows.device(), "message must be on ", rows.device(),
-                    " like rows, not on ", message.device());
-  if (!row_scales) return;
-  TORCH_CHECK_VALUE(row_scales->dim() == 1 && row_scales->size(0) == rows.size(0) &&
-                        row_scales->is_contiguous() && row_scales->scalar_type() == at::kFloat &&
-                        row_scales->device() == rows.device(),
-                    "row_scales must be contiguous float32 [", rows.size(0), "] on ", rows.device(),
-                    ", not ", row_scales->scalar_type(), " ", row_scales->sizes(), " on ",
-                    row_scales->device());
-}
-
-void check_range(int64_t segment, const char* what, int64_t begin, int64_t size, int64_t limit) {
-  TORCH_CHECK_VALUE(0 <= begin && 0 <= size && size <= limit && begin <= limit - size, "segment ",
-                    segment, ": its ", size, " ", what, " from ", begin, " must lie in the ",
-                    limit);
-}
-
-void check_segments(at::IntArrayRef table, const at::Tensor& rows, int64_t message_bytes,
-                    bool scales_in_message) {
-  TORCH_CHECK_VALUE(table.size() % kSegmentFields == 0, "segments must hold ", kSegmentFields,
-                    " integers per segment, not ", table.size(), " in all");
-  for (size_t i = 0; i < table.size(); i += kSegmentFields) {
-    const int64_t number = static_cast<int64_t>(i) / kSegmentFields;
-    const int64_t first_row = table[i], num_rows = table[i + 1], num_bits = table[i + 2];
-    TORCH_CHECK_VALUE(kMinBits <= num_bits && num_bits <= kMaxBits, "segment ", number,
-                      ": num_bits must be ", kMinBits, " to ", kMaxBits, ", not ", num_bits);
-    check_range(number, "rows", first_row, num_rows, rows.size(0));
-    if (num_rows == 0) continue;
-    const int64_t row_bytes = packed_bytes(rows.size(1), static_cast<int>(num_bits));
-    check_range(number, "bytes of codes", table[i + 3], num_rows * row_bytes, message_bytes);
-    if (scales_in_message) {
-      check_range(number, "bytes of scales", table[i + 4], 4 * num_rows, message_bytes);
-    }
-  }
 }
 
 RowType row_type_of(const at::Tensor& rows) {
@@ -102,8 +63,7 @@ uint32_t checked_word(const char* name, int64_t value) {
 void quantize_pack(const at::Tensor& rows, const OptionalTensor& row_scales,
                    const at::Tensor& message, at::IntArrayRef table, int64_t key, int64_t offset,
                    int64_t stream) {
-  check_tensors(rows, row_scales, message);
-  check_segments(table, rows, message.numel(), !row_scales.has_value());
+  check(table, rows, row_scales, message);
   const RandomStream random = {static_cast<uint64_t>(key), checked_word("offset", offset),
                                checked_word("stream", stream)};
   const c10::cuda::CUDAGuard guard(rows.device());
@@ -114,8 +74,7 @@ void quantize_pack(const at::Tensor& rows, const OptionalTensor& row_scales,
 
 void unpack_dequantize(const at::Tensor& message, const OptionalTensor& row_scales,
                        const at::Tensor& rows, at::IntArrayRef table) {
-  check_tensors(rows, row_scales, message);
-  check_segments(table, rows, message.numel(), !row_scales.has_value());
+  check(table, rows, row_scales, message);
   const c10::cuda::CUDAGuard guard(rows.device());
   const bool direct = has_kernel(rows);
   const at::Tensor target =

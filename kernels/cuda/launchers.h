@@ -7,7 +7,6 @@
 
 namespace moe_comp {
 
-constexpr int kSegmentFields = 5;  // as in megatron_moe_comp/ops/segments.py
 constexpr int64_t kMaxHidden = (int64_t{1} << 28) - 1;  // the bits of a row fit an int
 
 enum class RowType : int32_t { kFloat32, kBfloat16, kFloat16 };
