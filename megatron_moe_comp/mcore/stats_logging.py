@@ -52,8 +52,7 @@ class StatsLogger:
             ValueError: rank 0 cannot write the JSON file.
         """
         if is_rank0():
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            kernels = "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
+            kernels = _kernels(self._compression)
             print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
             self._check_json_path()
         self._num_layers = model_config.transformer.num_layers
@@ -141,6 +140,16 @@ class StatsLogger:
             if self._compression.moe_a2a_stats_json:
                 text = json.dumps(report, indent=2) + "\n"
                 Path(self._compression.moe_a2a_stats_json).write_text(text)
+
+
+def _kernels(compression: CompressionConfig) -> str:
+    """Returns what encodes and decodes on this machine."""
+    if not compression.enabled:
+        return "none"
+    if compression.moe_a2a_compress not in ("birdmoe", "rq"):
+        return "PyTorch"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
 
 
 def describe(compression: CompressionConfig) -> str:

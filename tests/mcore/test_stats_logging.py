@@ -134,3 +134,17 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch
 )
 def test_describe(options, words):
     assert stats_logging.describe(CompressionConfig(**options)) == words
+
+
+@pytest.mark.parametrize(
+    ("method", "compiled", "words"),
+    [
+        ("none", True, "none"),
+        ("birdmoe", True, "compiled"),
+        ("rq", False, "reference (PyTorch)"),
+        ("fp8", True, "PyTorch"),
+    ],
+)
+def test_the_start_says_what_encodes(monkeypatch, method, compiled, words):
+    monkeypatch.setattr(stats_logging.ops, "is_compiled", lambda device: compiled)
+    assert stats_logging._kernels(CompressionConfig(moe_a2a_compress=method)) == words
