@@ -8,6 +8,8 @@ A value is refused here and not by argparse, whose messages do not say what to d
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from megatron_moe_comp.model_rules import DEDUP_RULES, MODEL_RULES
+
 Wire = Literal["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
 """The four all-to-alls of an MoE layer and training step, named as Megatron names its hooks."""
 
@@ -43,6 +45,9 @@ BITS_RANGE = {
     "topk": (2, 8),
 }
 """Fewest and most bits per value of the methods whose width can be chosen."""
+
+RQ_METHODS = ("birdmoe", "rq")
+"""The methods whose codec is rq: the one with kernels and a choice of what shares a scale."""
 
 MAX_BITS = 8
 MAX_CHUNKS = 64
@@ -189,7 +194,7 @@ class CompressionConfig:
         """Refuses options that the chosen method does not have."""
         method = f"--moe-a2a-compress={self.moe_a2a_compress}"
         per_chunk = self.moe_a2a_scale_per == "chunk"
-        if per_chunk and self.moe_a2a_compress not in ("birdmoe", "rq"):
+        if per_chunk and self.moe_a2a_compress not in RQ_METHODS:
             raise ValueError(
                 f"--moe-a2a-scale-per=chunk: {method} does not choose what shares a scale. Drop "
                 "the option, or use --moe-a2a-compress=birdmoe or rq."
@@ -230,7 +235,7 @@ class CompressionConfig:
         if not self.enabled:
             return
         method = f"--moe-a2a-compress={self.moe_a2a_compress}"
-        for rule in _MODEL_RULES + (_DEDUP_RULES if self.moe_a2a_dedup else ()):
+        for rule in MODEL_RULES + (DEDUP_RULES if self.moe_a2a_dedup else ()):
             value = getattr(options, rule.option, rule.allowed[0])
             if value not in rule.allowed:
                 flag = _flag(rule.option) if value is True else f"{_flag(rule.option)}={value}"
@@ -251,77 +256,6 @@ class CompressionConfig:
                 f"({COLUMN_MULTIPLE} codes of b bits in b bytes), so the size must be a multiple "
                 f"of {COLUMN_MULTIPLE}. Use {option}={size + -size % COLUMN_MULTIPLE}."
             )
-
-
-@dataclass(frozen=True)
-class _ModelRule:
-    """One Megatron option that must have one of the allowed values for compression to work."""
-
-    option: str
-    allowed: tuple[Any, ...]
-    why: str
-    remedy: str
-
-
-_MODEL_RULES = (
-    _ModelRule(
-        "moe_token_dispatcher_type",
-        ("alltoall",),
-        "compresses the alltoall dispatcher's messages and no other's",
-        "Use --moe-token-dispatcher-type=alltoall",
-    ),
-    _ModelRule(
-        "moe_shared_expert_overlap",
-        (False,),
-        "replaces the communicating steps that shared experts would be interleaved with",
-        "Drop the option; shared experts then run beside the routed ones",
-    ),
-    _ModelRule(
-        "cuda_graph_impl",
-        ("none",),
-        "sizes its messages on the host in every step, which a CUDA graph cannot capture",
-        "Use --cuda-graph-impl=none",
-    ),
-    _ModelRule(
-        "overlap_moe_expert_parallel_comm",
-        (False,),
-        "does not take part in the 1F1B schedule that splits a layer at its all-to-alls",
-        "Drop the option",
-    ),
-    _ModelRule(
-        "overlap_dispatch_backward_with_experts_wgrad",
-        (False,),
-        "runs the backward dispatch itself and cannot be overlapped by Megatron's schedule",
-        "Drop the option",
-    ),
-    _ModelRule(
-        "transformer_impl",
-        ("transformer_engine", "local"),
-        "compresses training's dispatcher, which the inference stack replaces",
-        "Use --transformer-impl=transformer_engine or local",
-    ),
-    _ModelRule(
-        "mtp_num_layers",
-        (None,),
-        "does not reach the layers of multi-token prediction, whose spec Megatron makes itself",
-        "Drop the option",
-    ),
-    _ModelRule(
-        "moe_expert_rank_capacity_factor",
-        (None,),
-        "needs the row counts that a rank capacity of the fused dispatchers hides",
-        "Drop the option, or bound the load with --moe-expert-capacity-factor",
-    ),
-)
-
-_DEDUP_RULES = (
-    _ModelRule(
-        "moe_pad_expert_input_to_capacity",
-        (False,),
-        "with --moe-a2a-dedup sends each token once, which padding every expert's rows contradicts",
-        "Drop the option, or --moe-a2a-dedup",
-    ),
-)
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
 
 LEVELS = {
     "config": 0,
+    "model_rules": 0,
     "comm_stats": 0,
     "ops": 0,
     "compression.payload": 0,

@@ -174,20 +174,19 @@ def _send(
     ]
     rows = rows.contiguous()
     arrived_rows = _arrivals(rows, route)
+    to_send, to_receive = (
+        _peers(direction, route.plain, message.codec) for direction in (route.sent, route.received)
+    )
     wire_bytes = 0
     under_way: list[tuple[Packet, Sequence[_Beside], torch.Tensor, dist.Work]] = []
     for piece in range(message.num_pieces):
         with_piece = beside if piece == 0 else []
         sending, receiving = (
-            Packet.plan(
-                _peers(direction, route.plain, message.codec),
-                route.rank,
-                rows,
-                [getattr(b, side) for b in with_piece],
-                piece,
-                message.num_pieces,
+            Packet.plan(peers, route.rank, rows, exact, piece, message.num_pieces)
+            for peers, exact in (
+                (to_send, [b.sent for b in with_piece]),
+                (to_receive, [b.received for b in with_piece]),
             )
-            for direction, side in ((route.sent, "sent"), (route.received, "received"))
         )
         buffer = sending.encode(rows, [b.leaving for b in with_piece], message.random)
         wire_bytes += buffer.numel()
@@ -200,24 +199,27 @@ def _send(
         if len(under_way) > 1:
             _finish(*under_way.pop(0), arrived_rows)
     _finish(*under_way.pop(), arrived_rows)
-    pairs = sum(route.sent.pairs) - route.sent.pairs[route.rank]
-    stats.add_bytes(
-        message.wire,
-        raw_bytes=4 * pairs * (rows.shape[1] + (probs is not None)),
-        wire_bytes=wire_bytes,
-    )
-    bits = []
-    if not isinstance(message.codec, Identity):
-        links = zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
-        bits = [(rows, bits) for rows, bits, plain in links if not plain]
-    num_rows = sum(_without_own(route.sent.rows, route.rank))
-    stats.add_rows(message.wire, pairs, num_rows, bits)
+    _count(route, message, 4 * (rows.shape[1] + (probs is not None)), wire_bytes, stats)
     results = [b.all_arrived() for b in beside]
     return (
         arrived_rows,
         results.pop(0) if probs is not None else None,
         results.pop(0) if masks is not None else None,
     )
+
+
+def _count(
+    route: Route, message: Message, raw_pair_bytes: int, wire_bytes: int, stats: CommStats
+) -> None:
+    """Counts a message's bytes, its rows and their bits; a pair is `raw_pair_bytes` as float32."""
+    pairs = sum(_without_own(route.sent.pairs, route.rank))
+    stats.add_bytes(message.wire, raw_bytes=raw_pair_bytes * pairs, wire_bytes=wire_bytes)
+    bits = []
+    if not isinstance(message.codec, Identity):
+        links = zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
+        bits = [(num_rows, num_bits) for num_rows, num_bits, plain in links if not plain]
+    num_rows = sum(_without_own(route.sent.rows, route.rank))
+    stats.add_rows(message.wire, pairs, num_rows, bits)
 
 
 def _finish(

@@ -18,7 +18,7 @@ from megatron_moe_comp import ops
 from megatron_moe_comp.comm.all_to_all import sum_over_ranks
 from megatron_moe_comp.comm_stats import Column, summarize
 from megatron_moe_comp.compression.random_stream import TrainingStep
-from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.config import RQ_METHODS, WIRES, CompressionConfig
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
 
 MEGABYTE = 1e6
@@ -146,7 +146,7 @@ def _kernels(compression: CompressionConfig) -> str:
     """Returns what encodes and decodes on this machine."""
     if not compression.enabled:
         return "none"
-    if compression.moe_a2a_compress not in ("birdmoe", "rq"):
+    if compression.moe_a2a_compress not in RQ_METHODS:
         return "PyTorch"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
