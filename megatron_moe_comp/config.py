@@ -49,7 +49,6 @@ BITS_RANGE = {
 RQ_METHODS = ("birdmoe", "rq")
 """The methods whose codec is rq: the one with kernels and a choice of what shares a scale."""
 
-MAX_BITS = 8
 MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8
 """Rows are packed in groups of 8 values: 8 codes of b bits fill exactly b bytes."""

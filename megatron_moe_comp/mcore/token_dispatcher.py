@@ -29,8 +29,9 @@ from megatron_moe_comp.compression.random_stream import (
     ForwardPassCounter,
     TrainingStep,
 )
-from megatron_moe_comp.config import MAX_BITS, CompressionConfig, Wire
+from megatron_moe_comp.config import CompressionConfig, Wire
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
+from megatron_moe_comp.ops.segments import MAX_BITS
 
 SAMPLE_INTERVAL = 10
 """Iterations from one measurement of the quantization error to the next."""

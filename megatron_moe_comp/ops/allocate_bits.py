@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-SCHEMA = "(Tensor num_rows, int target_bits, int min_bits, int max_bits) -> Tensor"
+from megatron_moe_comp.ops.segments import MAX_BITS, MIN_BITS
 
-NARROWEST, WIDEST = 2, 8
+SCHEMA = "(Tensor num_rows, int target_bits, int min_bits, int max_bits) -> Tensor"
 
 EXCHANGE_RANKS = 16
 """With more ranks a link is a small part of its nodes' traffic, and exchanges gain less than 1%."""
@@ -19,9 +19,9 @@ SHARE_BITS = 10
 MANTISSA_BITS = 7
 VARIANCE_BITS = 20
 
-VARIANCES = [0] * NARROWEST + [
+VARIANCES = [0] * MIN_BITS + [
     (1 << VARIANCE_BITS) // ((1 << num_bits - 1) - 1) ** 2
-    for num_bits in range(NARROWEST, WIDEST + 1)
+    for num_bits in range(MIN_BITS, MAX_BITS + 1)
 ]
 """Variance of a value of so many bits, 1 / (2^(b-1) - 1)^2, in fixed point."""
 
@@ -186,9 +186,9 @@ def _reference(
 ) -> torch.Tensor:
     if num_rows.dtype != torch.int64 or num_rows.dim() != 2 or len(set(num_rows.shape)) != 1:
         raise ValueError("num_rows must be int64 [P, P]")
-    if not NARROWEST <= min_bits <= max_bits <= WIDEST:
+    if not MIN_BITS <= min_bits <= max_bits <= MAX_BITS:
         raise ValueError(
-            f"min_bits and max_bits must satisfy {NARROWEST} <= min_bits <= max_bits <= {WIDEST}, "
+            f"min_bits and max_bits must satisfy {MIN_BITS} <= min_bits <= max_bits <= {MAX_BITS}, "
             f"not {min_bits} and {max_bits}"
         )
     if not num_rows.numel():
