@@ -12,6 +12,8 @@ import importlib.util
 import torch
 
 from megatron_moe_comp.ops.allocate_bits import allocate_bits
+from megatron_moe_comp.ops.cluster_sum import cluster_broadcast, cluster_sum
+from megatron_moe_comp.ops.lsh_hash import dense_hash, hadamard_hash
 from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize_pack
 from megatron_moe_comp.ops.segments import OpSegment, flatten
 from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
@@ -20,7 +22,11 @@ __all__ = [
     "OpSegment",
     "absmax",
     "allocate_bits",
+    "cluster_broadcast",
+    "cluster_sum",
+    "dense_hash",
     "flatten",
+    "hadamard_hash",
     "is_compiled",
     "packed_bytes",
     "quantize_pack",
