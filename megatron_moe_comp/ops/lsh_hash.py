@@ -1,7 +1,7 @@
 """hadamard_hash and dense_hash: the keys of rows under locality-sensitive hashing.
 
 Both turn a row into rotated coordinates and hash these block by block: the code of a block is the
-coordinate of largest magnitude and its sign (cross-polytope hashing: Terasawa and Tanaka, WADS 2007;
+coordinate of largest magnitude and its sign (cross-polytope hashing: Terasawa, Tanaka, WADS 2007;
 Andoni et al., NeurIPS 2015), which for blocks of one coordinate is the side of a hyperplane. A key
 mixes the codes of all blocks. Every float32 operation has a fixed place in a fixed order and rounds
 once, so every kernel gives the same keys.
