@@ -52,6 +52,7 @@ from megatron.training.utils import (
 
 from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.stats_logging import StatsLogger
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -79,6 +80,12 @@ def main() -> None:
     use_compressed_moe(model_config, compression, arguments.current_step)
     stats = StatsLogger(compression, arguments.current_step, args.log_interval)
     stats.attach(model_config)
+    LshAdaptation(
+        compression,
+        arguments.current_step,
+        arguments.lsh_state_of_checkpoint,
+        arguments.keep_lsh_state,
+    ).attach(model_config)
     datasets_provider.is_distributed = True
     try:
         pretrain(

@@ -37,6 +37,16 @@ class Column(IntEnum):
     """The same if all rows had the same bits."""
     LOAD = 11
     """The same as sent."""
+    CLUSTERED_ROWS = 12
+    """Rows that were clustered, those that stay on their rank included; in dispatch_fwd only."""
+    CENTROIDS = 13
+    """Centroids of them; in dispatch_fwd only."""
+    CLUSTERED_SQUARE = 14
+    """Sum of squares of the sampled clustered rows; in dispatch_fwd only."""
+    RESIDUAL_SQUARE = 15
+    """Sum of squares of them less their centroids; in dispatch_fwd only."""
+    FLOPS_SAVED = 16
+    """Operations that experts did not do for rows that shared a centroid; in dispatch_fwd only."""
 
 
 class CommStats:
@@ -49,6 +59,9 @@ class CommStats:
     def __init__(self) -> None:
         self._counts = {wire: [0] * len(Column) for wire in WIRES}
         self._error: dict[Wire, torch.Tensor] = {}
+        self._residual: torch.Tensor | None = None
+        self.flops_per_row = 0
+        """Operations of an expert on one row, forward and backward."""
         self.counting = True
         """False in evaluation, whose traffic would blur the figures per iteration."""
 
@@ -89,6 +102,17 @@ class CommStats:
             },
         )
 
+    def add_clusters(self, rows: int, centroids: int) -> None:
+        """Counts rows that were clustered, and their centroids."""
+        self._add(
+            "dispatch_fwd",
+            {
+                Column.CLUSTERED_ROWS: rows,
+                Column.CENTROIDS: centroids,
+                Column.FLOPS_SAVED: (rows - centroids) * self.flops_per_row,
+            },
+        )
+
     def _add(self, wire: Wire, counts: dict[int, int]) -> None:
         if self.counting:
             for column, count in counts.items():
@@ -102,16 +126,29 @@ class CommStats:
             rows: [N, H] as they were.
             decoded: [N, H] as they arrive.
         """
-        x = rows.float()
-        sums = torch.stack((x.square().sum(), (x - decoded.float()).square().sum())).double()
+        sums = _squares(rows, decoded)
         self._error[wire] = self._error[wire] + sums if wire in self._error else sums
+
+    def add_residual(self, rows: torch.Tensor, centroids: torch.Tensor) -> None:
+        """Adds the squares of some rows [N, H] and of what their centroids [N, H] leave of them."""
+        sums = _squares(rows, centroids)
+        self._residual = sums if self._residual is None else self._residual + sums
 
     def totals(self) -> torch.Tensor:
         """Returns all counters since the start, float64 [wires, columns] on the CPU."""
         totals = torch.tensor(list(self._counts.values()), dtype=torch.float64)
         for wire, sums in self._error.items():
             totals[WIRES.index(wire), Column.SIGNAL : Column.NOISE + 1] = sums.cpu()
+        if self._residual is not None:
+            columns = slice(Column.CLUSTERED_SQUARE, Column.RESIDUAL_SQUARE + 1)
+            totals[WIRES.index("dispatch_fwd"), columns] = self._residual.cpu()
         return totals
+
+
+def _squares(rows: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
+    """Returns the sums of squares of rows and of their error, float64 [2]."""
+    x = rows.detach().float()
+    return torch.stack((x.square().sum(), (x - approximation.float()).square().sum())).double()
 
 
 def summarize(
@@ -126,12 +163,15 @@ def summarize(
 
     Returns:
         {"method", "bits", "bit_policy", "mean_bits", "ratio_fp32", "ratio_bf16", "pairs", "rows",
-        "most_loaded_rank": {"float32_bytes", "uniform_bytes", "bytes"}, "wires": {wire:
-        {"raw_bytes", "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "ratio_fp32", "mean_bits",
-        "most_loaded_rank", "wires"}]}. Bytes are of all ranks, except those of the most loaded
-        rank: what it sends or receives, whichever is more, in one layer and micro-batch, over the
-        four wires, without padding. A figure is None where nothing crossed a wire; sqnr_db also
-        where nothing was sampled or lossless, mean_bits where the width is fixed.
+        "most_loaded_rank": {"float32_bytes", "uniform_bytes", "bytes"}, "lsh": {"rows",
+        "centroids", "rate", "residual_norm", "expert_flops_saved"}, "wires": {wire: {"raw_bytes",
+        "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "ratio_fp32", "mean_bits",
+        "most_loaded_rank", "lsh", "wires"}]}. Bytes are of all ranks, except those of the most
+        loaded rank: what it sends or receives, whichever is more, in one layer and micro-batch,
+        over the four wires, without padding. A figure is None where nothing crossed a wire; sqnr_db
+        also where nothing was sampled or lossless, mean_bits where the width is fixed, lsh with
+        other methods. Rows of lsh include those that stay on their rank; residual_norm is the norm
+        of what centroids leave of rows over that of the rows.
     """
     overall = totals.sum(dim=0)
     figures = _figures(overall, config)
@@ -167,7 +207,20 @@ def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
         "most_loaded_rank": dict(zip(keys, load.tolist(), strict=True))
         if columns[Column.PASSES] > 0
         else None,
+        "lsh": _clusters(columns) if config.moe_a2a_compress == "lsh" else None,
         "wires": _wires(totals),
+    }
+
+
+def _clusters(columns: torch.Tensor) -> dict[str, float | int | None]:
+    """Returns what is reported of clustering, from the sums [columns] over wires."""
+    rows, centroids, square, residual, saved = columns[Column.CLUSTERED_ROWS :].tolist()
+    return {
+        "rows": int(rows),
+        "centroids": int(centroids),
+        "rate": centroids / rows if rows else None,
+        "residual_norm": math.sqrt(residual / square) if square else None,
+        "expert_flops_saved": saved,
     }
 
 

@@ -8,16 +8,15 @@ A value is refused here and not by argparse, whose messages do not say what to d
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from megatron_moe_comp.model_rules import DEDUP_RULES, MODEL_RULES
+from megatron_moe_comp.lsh_options import LshOptions, flag, require_choice
+from megatron_moe_comp.model_rules import DEDUP_RULES, LSH_RULES, MODEL_RULES
 
 Wire = Literal["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
 """The four all-to-alls of an MoE layer and training step, named as Megatron names its hooks."""
 
 WIRES: tuple[Wire, ...] = get_args(Wire)
 
-Method = Literal[
-    "none",
-    "birdmoe",
+CodecName = Literal[
     "identity",
     "rq",
     "lq",
@@ -31,41 +30,38 @@ Method = Literal[
     "fp8",
     "mxfp8",
 ]
+Method = Literal["none", "birdmoe", "lsh", CodecName]
 BitPolicy = Literal["uniform", "proportional", "optimal"]
 ScalePer = Literal["row", "chunk"]
 Scope = Literal["remote", "inter-node"]
 
 DEFAULT_BITS = 6
 BITS_RANGE = {
-    "birdmoe": (2, 8),
     "rq": (2, 8),
     "lq": (2, 8),
     "pwlq": (3, 8),
     "shapeshifter": (2, 8),
     "topk": (2, 8),
 }
-"""Fewest and most bits per value of the methods whose width can be chosen."""
-
-RQ_METHODS = ("birdmoe", "rq")
-"""The methods whose codec is rq: the one with kernels and a choice of what shares a scale."""
+"""Fewest and most bits per value of the codecs whose width can be chosen."""
 
 MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8
 """Rows are packed in groups of 8 values: 8 codes of b bits fill exactly b bytes."""
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 @dataclass(frozen=True)
-class CompressionConfig:
-    """Options of the compressed expert all-to-all."""
+class CompressionConfig(LshOptions):
+    """Options of the compressed expert all-to-all and of clustering."""
 
     moe_a2a_compress: Method = "none"
     """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
-    options below. birdmoe: unbiased random quantization with load-aware bits (BirdMoE, DAC 2025).
-    Any other name: that codec alone, rq being birdmoe's and identity sending rows unchanged."""
+    other options. birdmoe: unbiased random quantization with load-aware bits (BirdMoE, DAC 2025).
+    lsh: similar rows are sent as one centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other
+    name: that codec alone, rq being birdmoe's and identity sending rows unchanged."""
+
+    moe_a2a_codec: CodecName | None = None
+    """What encodes the centroids of lsh (default: identity, unchanged)."""
 
     moe_a2a_bits: int | None = None
     """Bits per value on the wire, sign included: 2 to 8 (pwlq: 3 to 8; default: 6). With a bit
@@ -122,12 +118,13 @@ class CompressionConfig:
             ("moe_a2a_scale_per", get_args(ScalePer)),
             ("moe_a2a_scope", get_args(Scope)),
         ):
-            _require_choice(name, getattr(self, name), choices)
-        if self.moe_a2a_bit_policy is not None:
-            _require_choice("moe_a2a_bit_policy", self.moe_a2a_bit_policy, get_args(BitPolicy))
+            require_choice(name, getattr(self, name), choices)
+        for name, kind in (("moe_a2a_bit_policy", BitPolicy), ("moe_a2a_codec", CodecName)):
+            if getattr(self, name) is not None:
+                require_choice(name, getattr(self, name), get_args(kind))
         wires = tuple(name for item in self.moe_a2a_wires for name in item.split(",") if name)
         for name in wires:
-            _require_choice("moe_a2a_wires", name, WIRES)
+            require_choice("moe_a2a_wires", name, WIRES)
         object.__setattr__(self, "moe_a2a_wires", tuple(w for w in WIRES if w in wires))
         for name, low, high in (
             ("moe_a2a_seed", 0, 2**32 - 1),
@@ -137,21 +134,22 @@ class CompressionConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(
-                    f"{_flag(name)}={value}: out of range. Use a value from {low} to {high}."
+                    f"{flag(name)}={value}: out of range. Use a value from {low} to {high}."
                 )
+        self._check_lsh(self.moe_a2a_compress)
         if self.enabled:
             self._resolve_bits()
             self._check_method()
 
     def _resolve_bits(self) -> None:
         """Fills in the bits and the policy that were not given, and refuses unusable ones."""
-        method = f"--moe-a2a-compress={self.moe_a2a_compress}"
-        if self.moe_a2a_compress not in BITS_RANGE:
+        method = self._chosen_by
+        if self.codec not in BITS_RANGE:
             for name in ("bits", "bit_policy", "min_bits", "max_bits"):
                 value = getattr(self, f"moe_a2a_{name}")
                 if value not in (None, "uniform"):
                     raise ValueError(
-                        f"{_flag(f'moe_a2a_{name}')}={value}: {method} has a fixed width. Drop the "
+                        f"{flag(f'moe_a2a_{name}')}={value}: {method} has a fixed width. Drop the "
                         f"option, or use a method of variable width: {', '.join(BITS_RANGE)}."
                     )
             object.__setattr__(self, "moe_a2a_bit_policy", "uniform")
@@ -159,14 +157,14 @@ class CompressionConfig:
         method_policy = "optimal" if self.moe_a2a_compress == "birdmoe" else "uniform"
         policy = self.moe_a2a_bit_policy or method_policy
         object.__setattr__(self, "moe_a2a_bit_policy", policy)
-        fewest, most = BITS_RANGE[self.moe_a2a_compress]
+        fewest, most = BITS_RANGE[self.codec]
         if self.moe_a2a_bits is None:
             object.__setattr__(self, "moe_a2a_bits", DEFAULT_BITS)
         for name in ("moe_a2a_bits", "moe_a2a_min_bits", "moe_a2a_max_bits"):
             given = getattr(self, name)
             if given is not None and not fewest <= given <= most:
                 raise ValueError(
-                    f"{_flag(name)}={given}: a code of {method} has {fewest} to {most} bits, sign "
+                    f"{flag(name)}={given}: a code of {method} has {fewest} to {most} bits, sign "
                     f"included. Use {fewest} to {most}, or --moe-a2a-compress=none to send rows "
                     "uncompressed."
                 )
@@ -175,7 +173,7 @@ class CompressionConfig:
             given = getattr(self, name)
             if given is not None and policy == "uniform":
                 raise ValueError(
-                    f"{_flag(name)}={given}: with the uniform policy every row has --moe-a2a-bits. "
+                    f"{flag(name)}={given}: with the uniform policy every row has --moe-a2a-bits. "
                     "Drop the option, or use --moe-a2a-bit-policy=optimal or proportional."
                 )
             if given is None and policy != "uniform":
@@ -191,26 +189,37 @@ class CompressionConfig:
 
     def _check_method(self) -> None:
         """Refuses options that the chosen method does not have."""
-        method = f"--moe-a2a-compress={self.moe_a2a_compress}"
+        method = self._chosen_by
+        if self.moe_a2a_codec is not None and self.moe_a2a_compress != "lsh":
+            raise ValueError(
+                f"--moe-a2a-codec={self.moe_a2a_codec}: {method} names its codec itself. Drop the "
+                "option, or use --moe-a2a-compress=lsh."
+            )
+        if self.moe_a2a_dedup and self.moe_a2a_compress == "lsh":
+            raise ValueError(
+                f"--moe-a2a-dedup: {method} sends the centroids of each expert's rows, so no two "
+                "experts share a row. Drop the option, or use another method."
+            )
         per_chunk = self.moe_a2a_scale_per == "chunk"
-        if per_chunk and self.moe_a2a_compress not in RQ_METHODS:
+        if per_chunk and self.codec != "rq":
             raise ValueError(
                 f"--moe-a2a-scale-per=chunk: {method} does not choose what shares a scale. Drop "
                 "the option, or use --moe-a2a-compress=birdmoe or rq."
             )
-        if self.moe_a2a_chunks > 1 and (per_chunk or self.moe_a2a_compress == "lq"):
+        if self.moe_a2a_chunks > 1 and (per_chunk or self.codec == "lq"):
             cause = "--moe-a2a-scale-per=chunk" if per_chunk else method
             remedy = "--moe-a2a-scale-per=row" if per_chunk else "another method"
             raise ValueError(
                 f"--moe-a2a-chunks={self.moe_a2a_chunks}: {cause} has one scale for all rows sent "
                 f"to a rank, so a message cannot be cut. Use --moe-a2a-chunks=1, or {remedy}."
             )
-        if self.moe_a2a_scope == "inter-node" and self.moe_a2a_ranks_per_node is None:
+        scope = self.inter_node_option
+        if scope and self.moe_a2a_ranks_per_node is None:
             raise ValueError(
-                "--moe-a2a-scope=inter-node: which ranks share a node is not known, as "
+                f"{scope}: which ranks share a node is not known, as "
                 "LOCAL_WORLD_SIZE is not set. Set --moe-a2a-ranks-per-node, or start with torchrun."
             )
-        if self.moe_a2a_scope == "remote" and self.moe_a2a_ranks_per_node is not None:
+        if not scope and self.moe_a2a_ranks_per_node is not None:
             raise ValueError(
                 f"--moe-a2a-ranks-per-node={self.moe_a2a_ranks_per_node}: rows are compressed "
                 "within a node, too. Drop the option, or use --moe-a2a-scope=inter-node."
@@ -220,6 +229,30 @@ class CompressionConfig:
     def enabled(self) -> bool:
         """Whether a method other than none was chosen."""
         return self.moe_a2a_compress != "none"
+
+    @property
+    def codec(self) -> CodecName:
+        """The name of what encodes rows on the compressed wires."""
+        if self.moe_a2a_compress == "lsh":
+            return self.moe_a2a_codec or "identity"
+        return {"birdmoe": "rq", "none": "identity"}.get(
+            self.moe_a2a_compress, self.moe_a2a_compress
+        )
+
+    @property
+    def _chosen_by(self) -> str:
+        """The option that chose the codec."""
+        if self.moe_a2a_compress == "lsh":
+            return f"--moe-a2a-compress=lsh with --moe-a2a-codec={self.codec}"
+        return f"--moe-a2a-compress={self.moe_a2a_compress}"
+
+    @property
+    def inter_node_option(self) -> str | None:
+        """The option, with its value, that makes a difference between nodes; None if none does."""
+        for name in ("moe_a2a_scope", "moe_lsh_scope"):
+            if getattr(self, name) == "inter-node":
+                return f"{flag(name)}=inter-node"
+        return None
 
     def check_model(self, options: Any) -> None:  # noqa: ANN401 (argparse.Namespace or config)
         """Refuse Megatron options that cannot work with compression.
@@ -234,11 +267,13 @@ class CompressionConfig:
         if not self.enabled:
             return
         method = f"--moe-a2a-compress={self.moe_a2a_compress}"
-        for rule in MODEL_RULES + (DEDUP_RULES if self.moe_a2a_dedup else ()):
+        clusters = self.moe_a2a_compress == "lsh"
+        further = (DEDUP_RULES if self.moe_a2a_dedup else ()) + (LSH_RULES if clusters else ())
+        for rule in MODEL_RULES + further:
             value = getattr(options, rule.option, rule.allowed[0])
             if value not in rule.allowed:
-                flag = _flag(rule.option) if value is True else f"{_flag(rule.option)}={value}"
-                raise ValueError(f"{flag}: {method} {rule.why}. {rule.remedy}.")
+                given = flag(rule.option) + ("" if value is True else f"={value}")
+                raise ValueError(f"{given}: {method} {rule.why}. {rule.remedy}.")
         world_size, per_node = getattr(options, "world_size", None), self.moe_a2a_ranks_per_node
         if world_size and per_node and world_size % per_node:
             raise ValueError(
@@ -255,10 +290,8 @@ class CompressionConfig:
                 f"({COLUMN_MULTIPLE} codes of b bits in b bytes), so the size must be a multiple "
                 f"of {COLUMN_MULTIPLE}. Use {option}={size + -size % COLUMN_MULTIPLE}."
             )
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{_flag(name)}={value}: not one of {', '.join(choices)}. Choose one of these."
-        )
+        if clusters and self.moe_lsh_hash_dim > size:
+            raise ValueError(
+                f"--moe-lsh-hash-dim={self.moe_lsh_hash_dim}: a row of {option}={size} has no more "
+                f"than {size} independent coordinates. Use 1 to {size}."
+            )

@@ -75,3 +75,25 @@ DEDUP_RULES = (
     ),
 )
 """What --moe-a2a-dedup requires besides."""
+
+LSH_RULES = (
+    ModelRule(
+        "moe_pad_expert_input_to_capacity",
+        (False,),
+        "sends as many rows to an expert as there are clusters, which padding contradicts",
+        "Drop the option; --moe-expert-capacity-factor alone works",
+    ),
+    ModelRule(
+        "moe_router_padding_for_quantization",
+        (False, None),
+        "sends as many rows to an expert as there are clusters, which padding contradicts",
+        "Drop the option, and --moe-router-padding-for-fp8",
+    ),
+    ModelRule(
+        "moe_apply_probs_on_input",
+        (False,),
+        "applies probabilities to the restored outputs, since a centroid has many",
+        "Drop the option",
+    ),
+)
+"""What --moe-a2a-compress=lsh requires besides."""

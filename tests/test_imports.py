@@ -11,12 +11,16 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
 
 LEVELS = {
     "config": 0,
+    "lsh_options": 0,
     "model_rules": 0,
     "comm_stats": 0,
     "ops": 0,
     "compression.payload": 0,
     "compression.random_stream": 0,
     "compression.bit_allocation": 0,
+    "compression.lsh_state": 0,
+    "compression.hash_families": 1,
+    "compression.lsh_clustering": 1,
     "compression.codec": 1,
     "compression.codecs": 1,
     "compression.packet": 1,
@@ -24,8 +28,10 @@ LEVELS = {
     "mcore.counted_token_dispatcher": 3,
     "mcore.token_dispatcher": 3,
     "mcore.dedup_token_dispatcher": 3,
+    "mcore.lsh_token_dispatcher": 3,
     "mcore.moe_layer": 4,
     "mcore.layer_specs": 5,
+    "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
     "mcore.stats_logging": 5,
 }

@@ -199,7 +199,9 @@ def _send(
         if len(under_way) > 1:
             _finish(*under_way.pop(0), arrived_rows)
     _finish(*under_way.pop(), arrived_rows)
-    _count(route, message, 4 * (rows.shape[1] + (probs is not None)), wire_bytes, stats)
+    # Stock Megatron sends a probability with each dispatched row, whether this did or not.
+    raw_columns = rows.shape[1] + message.wire.startswith("dispatch")
+    _count(route, message, 4 * raw_columns, wire_bytes, stats)
     results = [b.all_arrived() for b in beside]
     return (
         arrived_rows,

@@ -8,7 +8,10 @@ two messages of one run share a random number.
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_moe_comp.config import WIRES, Wire
+from megatron_moe_comp.ops.philox import philox4x32
 
 _LAYER_BITS, _WIRE_BITS, _PASS_BITS = 13, 2, 16
 MAX_LAYERS = 1 << _LAYER_BITS
@@ -46,6 +49,8 @@ class ForwardPass:
     index: int
     """Which forward pass of this layer in this iteration: the micro-batch."""
     training: bool
+    recomputed: bool = False
+    """Whether the same rows already passed, without gradients."""
 
     def stream(self, *, seed: int, rank: int, layer: int, wire: Wire) -> RandomStream:
         """Returns the random stream of one wire of this pass.
@@ -64,6 +69,16 @@ class ForwardPass:
         ):
             word = word << bits | value % (1 << bits)
         return RandomStream(key=rank << 32 | seed, offset=self.iteration % (1 << 32), stream=word)
+
+
+def random_words(stream: RandomStream, num_words: int, device: torch.device) -> torch.Tensor:
+    """Returns random integers below 2^32 that no message of the stream uses, int64 [num_words]."""
+    words = torch.arange(num_words, device=device)
+    counter = (
+        words,
+        *(torch.full_like(words, w) for w in (2**32 - 1, stream.offset, stream.stream)),
+    )
+    return philox4x32(counter, stream.key)[0]
 
 
 class ForwardPassCounter:
@@ -93,7 +108,8 @@ class ForwardPassCounter:
             self._count = {True: 0, False: 0}
             self._to_recompute.clear()
         if training and with_grad and self._to_recompute:
-            return ForwardPass(step.iteration, self._to_recompute.pop(0), training)
+            index = self._to_recompute.pop(0)
+            return ForwardPass(step.iteration, index, training, recomputed=True)
         index = self._count[training]
         self._count[training] += 1
         if training:

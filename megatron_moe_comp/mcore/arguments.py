@@ -3,6 +3,7 @@
 Together with the entry scripts this is the only module that sees Megatron's global arguments.
 """
 
+import copy
 import os
 import typing
 from argparse import ArgumentParser, Namespace
@@ -15,9 +16,12 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import arguments as megatron_arguments
 from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
+
+LSH_STATE = "moe_lsh_state"
 
 
 class _FlagFactory(ArgumentGroupFactory):
@@ -48,7 +52,8 @@ def compression_config_from_args(args: Namespace) -> CompressionConfig:
     values["moe_a2a_wires"] = tuple(values["moe_a2a_wires"])
     if values["moe_a2a_seed"] is None:
         values["moe_a2a_seed"] = args.seed
-    if values["moe_a2a_scope"] == "inter-node" and values["moe_a2a_ranks_per_node"] is None:
+    between_nodes = "inter-node" in (values["moe_a2a_scope"], values["moe_lsh_scope"])
+    if between_nodes and values["moe_a2a_ranks_per_node"] is None:
         ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE")
         values["moe_a2a_ranks_per_node"] = int(ranks_per_node) if ranks_per_node else None
     config = CompressionConfig(**values)
@@ -81,6 +86,26 @@ def parse_and_validate_args(
     compression_config_from_args(megatron_arguments.parse_args(provider))
     args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
     return args, compression_config_from_args(args)
+
+
+def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:
+    """Returns the clustering's state in the checkpoint that training resumes, or None.
+
+    It travels with the arguments that Megatron saves in every checkpoint, so that stock Megatron
+    can load the checkpoint, too.
+    """
+    args = get_args()
+    if args.load is None or args.finetune:
+        return None
+    # Every other argument that this copies from the checkpoint goes to a namespace that is dropped.
+    found = load_args_from_checkpoint(copy.copy(args))
+    checkpoint_args = found[1] if isinstance(found, tuple) else None
+    return getattr(checkpoint_args, LSH_STATE, None)
+
+
+def keep_lsh_state(state: list[dict[str, float]]) -> None:
+    """Has the next checkpoints hold the clustering's state."""
+    setattr(get_args(), LSH_STATE, state)
 
 
 def current_step() -> TrainingStep:

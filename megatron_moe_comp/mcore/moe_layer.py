@@ -13,7 +13,16 @@ from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.dedup_token_dispatcher import DedupAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.lsh_token_dispatcher import LshAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher
+
+
+def _dispatcher_of(compression: CompressionConfig) -> type[CompressedAlltoAllTokenDispatcher]:
+    if compression.moe_a2a_compress == "lsh":
+        return LshAlltoAllTokenDispatcher
+    if compression.moe_a2a_dedup:
+        return DedupAlltoAllTokenDispatcher
+    return CompressedAlltoAllTokenDispatcher
 
 
 class CompressedMoELayer(MoELayer):
@@ -44,14 +53,12 @@ class CompressedMoELayer(MoELayer):
         dispatcher_args = (self.num_local_experts, self.local_expert_indices, self.config)
         groups = kwargs.get("pg_collection") or get_default_pg_collection()
         if compression.enabled:
-            dispatcher = (
-                DedupAlltoAllTokenDispatcher
-                if compression.moe_a2a_dedup
-                else CompressedAlltoAllTokenDispatcher
-            )
-            self.token_dispatcher = dispatcher(
+            self.token_dispatcher = _dispatcher_of(compression)(
                 *dispatcher_args, groups, compression=compression, step=step
             )
+            # Two operations per weight forward, four backward; tensor parallel peers have the rest.
+            weights = sum(p.numel() for p in self.experts.parameters()) // self.num_local_experts
+            self.stats.flops_per_row = 6 * weights * groups.expt_tp.size()
         else:
             self.token_dispatcher = CountedAlltoAllTokenDispatcher(*dispatcher_args, groups)
             if self.shared_expert_overlap:
@@ -62,10 +69,10 @@ class CompressedMoELayer(MoELayer):
         """The counters of this layer's all-to-alls; None where they are not counted."""
         return getattr(self.token_dispatcher, "stats", None)
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sends rows to the ranks of their experts; see MoELayer.dispatch."""
+        """Prepares rows for the dispatch, the first step of a pass; see MoELayer.preprocess."""
         if isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher):
             self.token_dispatcher.start_pass(self.layer_number, training=self.training)
-        return super().dispatch(hidden_states, probs)
+        return super().preprocess(hidden_states, probs, routing_map)

@@ -18,7 +18,7 @@ from megatron_moe_comp import ops
 from megatron_moe_comp.comm.all_to_all import sum_over_ranks
 from megatron_moe_comp.comm_stats import Column, summarize
 from megatron_moe_comp.compression.random_stream import TrainingStep
-from megatron_moe_comp.config import RQ_METHODS, WIRES, CompressionConfig
+from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
 
 MEGABYTE = 1e6
@@ -116,10 +116,16 @@ class StatsLogger:
         print_rank_0(
             f" all-to-all {describe(self._compression)} | iteration {iteration:8d} | "
             f"MB per iteration: {sent / MEGABYTE:.3f} of {raw / MEGABYTE:.3f} as float32 "
-            f"({report['ratio_fp32']:.2f}x) |" + (f" SQNR (dB):{sqnr} |" if sqnr else "")
+            f"({report['ratio_fp32']:.2f}x) |"
+            + (f" LSH rate {report['lsh']['rate']:.3f} |" if report["lsh"] else "")
+            + (f" SQNR (dB):{sqnr} |" if sqnr else "")
         )
         scalars = {"wire-MB": sent / MEGABYTE, "ratio-fp32": report["ratio_fp32"]}
         scalars |= {f"sqnr-db-{wire}": value for wire, value in self._sqnr_db.items()}
+        if report["lsh"]:
+            scalars |= {
+                f"lsh-{name.replace('_', '-')}": v for name, v in report["lsh"].items() if v
+            }
         if report["mean_bits"] is not None:
             scalars["mean-bits"] = report["mean_bits"]
         if report["most_loaded_rank"] is not None:
@@ -146,7 +152,7 @@ def _kernels(compression: CompressionConfig) -> str:
     """Returns what encodes and decodes on this machine."""
     if not compression.enabled:
         return "none"
-    if compression.moe_a2a_compress not in RQ_METHODS:
+    if compression.codec != "rq":
         return "PyTorch"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
@@ -157,6 +163,8 @@ def describe(compression: CompressionConfig) -> str:
     if not compression.enabled:
         return "none"
     words = [compression.moe_a2a_compress]
+    if compression.moe_a2a_codec is not None:
+        words.append(compression.moe_a2a_codec)
     if compression.moe_a2a_bits is not None:
         words.append(f"{compression.moe_a2a_bits} bit")
         if compression.moe_a2a_bit_policy != "uniform":
@@ -204,6 +212,13 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
         print(
             f"Most loaded rank, per layer and micro-batch: {raw:.1f} kB as float32, {uniform:.1f} "
             f"kB with the same bits for all, {sent:.1f} kB as sent."
+        )
+    if report["lsh"]:
+        lsh = report["lsh"]
+        print(
+            f"Clustering: {lsh['centroids']} centroids for {lsh['rows']} rows, rate "
+            f"{lsh['rate']:.3f}; {lsh['expert_flops_saved']:.3g} expert FLOPs saved; residual "
+            f"{lsh['residual_norm']:.2f} of a row's norm."
         )
     if report["mean_bits"] is not None:
         print(f"Mean bits per value: {report['mean_bits']:.2f}.")

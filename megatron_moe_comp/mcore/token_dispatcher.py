@@ -27,6 +27,7 @@ from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.random_stream import (
     ForwardPass,
     ForwardPassCounter,
+    RandomStream,
     TrainingStep,
 )
 from megatron_moe_comp.config import CompressionConfig, Wire
@@ -96,20 +97,22 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         self._layer_number = 0
         self._dispatched: DispatchState | None = None
         self._counts: torch.Tensor | None = None
-        self.plain_links = self._make_plain_links()
+        self.plain_links = self._links_within(compression.moe_a2a_scope, "--moe-a2a-scope")
 
-    def _make_plain_links(self) -> torch.Tensor:
-        """Returns which ranks exchange rows uncompressed, bool [P, P]."""
+    def _links_within(self, scope: str, option: str) -> torch.Tensor:
+        """Returns which pairs of ranks the scope that an option names leaves out, bool [P, P]."""
         per_node = self._compression.moe_a2a_ranks_per_node
-        if self._compression.moe_a2a_scope == "remote":
+        if scope == "all":
+            return torch.zeros((self.ep_size, self.ep_size), dtype=torch.bool)
+        if scope == "remote":
             return torch.eye(self.ep_size, dtype=torch.bool)
         nodes = torch.tensor(nodes_of_ranks(self.ep_group, per_node))
         plain = nodes[:, None] == nodes
         if self.ep_size > 1 and plain.all():
             raise ValueError(
-                f"--moe-a2a-scope=inter-node: all {self.ep_size} expert-parallel ranks are on one "
-                f"node of {per_node} ranks, so nothing would be compressed. Use "
-                "--moe-a2a-scope=remote, or name smaller nodes with --moe-a2a-ranks-per-node."
+                f"{option}=inter-node: all {self.ep_size} expert-parallel ranks are on one node of "
+                f"{per_node} ranks, so nothing would be compressed. Use {option}=remote, or name "
+                "smaller nodes with --moe-a2a-ranks-per-node."
             )
         return plain
 
@@ -137,26 +140,33 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         """
         if self.drop_and_pad or self.ep_size == 1:
             return super().preprocess(routing_map)
-        tp, ep, num_local = self.tp_size, self.ep_size, self.num_local_experts
         own_counts = routing_map.sum(dim=0).long()
-        # [tp, ep, experts and what _extra_counts adds]
-        counts = (
-            gather_from_sequence_parallel_region(
-                torch.cat((own_counts, self._extra_counts(routing_map))), group=self.tp_ep_group
-            )
-            .reshape(ep, tp, -1)
-            .transpose(0, 1)
-        )
-        self._counts = counts[self.tp_rank]
-        config = self.config
         if (
-            config.moe_expert_capacity_factor is not None
-            or config.moe_router_padding_for_quantization
+            self.config.moe_expert_capacity_factor is not None
+            or self.config.moe_router_padding_for_quantization
         ):
             self.num_out_tokens = own_counts.sum()
             self._maybe_update_cuda_sync_point("before_permutation_1")
         else:
-            self.num_out_tokens = routing_map.size(0) * config.moe_router_topk
+            self.num_out_tokens = routing_map.size(0) * self.config.moe_router_topk
+        return self._gather_counts(own_counts, self._extra_counts(routing_map))
+
+    def _gather_counts(self, own_counts: torch.Tensor, extra_counts: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of each local expert, and sets the splits, from what each rank sends.
+
+        Args:
+            own_counts: int64 [experts], rows that this rank sends to each expert.
+            extra_counts: int64 [any], what else every rank must know of this one.
+        """
+        tp, ep, num_local = self.tp_size, self.ep_size, self.num_local_experts
+        counts = (
+            gather_from_sequence_parallel_region(
+                torch.cat((own_counts, extra_counts)), group=self.tp_ep_group
+            )
+            .reshape(ep, tp, -1)
+            .transpose(0, 1)
+        )  # [tp, ep, experts and extra counts]
+        self._counts = counts[self.tp_rank]
         first = self.local_expert_indices[0]
         local_counts = counts[:, :, first : first + num_local].contiguous()  # [tp, ep, local]
         received = local_counts.sum(dim=2)
@@ -166,7 +176,7 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         self._maybe_update_cuda_sync_point("before_ep_alltoall")
         if num_local > 1:
             self.num_global_tokens_per_local_expert = local_counts.view(-1, num_local)
-            if not config.moe_permute_fusion:
+            if not self.config.moe_permute_fusion:
                 self._maybe_update_cuda_sync_point("before_permutation_2")
         return local_counts.sum(dim=(0, 1))
 
@@ -219,8 +229,8 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         return rows, probs
 
     def _dispatch(
-        self, rows: torch.Tensor, probs: torch.Tensor, masks: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, rows: torch.Tensor, probs: torch.Tensor | None, masks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
         links = self._links()
         route = links.route(self)
@@ -260,18 +270,24 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         return Message(
             wire=wire,
             codec=self._codec if compressed else Identity(),
-            random=forward_pass.stream(
-                seed=config.moe_a2a_seed or 0,
-                rank=global_rank(),
-                layer=self._layer_number,
-                wire=wire,
-            ),
+            random=self._stream(wire, forward_pass),
             num_pieces=config.moe_a2a_chunks,
-            measure_error=compressed
-            and forward_pass.training
-            and forward_pass.index == 0
-            and forward_pass.iteration % SAMPLE_INTERVAL == 0,
+            measure_error=compressed and self._is_sample(forward_pass),
         )
+
+    def _stream(self, wire: Wire, forward_pass: ForwardPass) -> RandomStream:
+        return forward_pass.stream(
+            seed=self._compression.moe_a2a_seed or 0,
+            rank=global_rank(),
+            layer=self._layer_number,
+            wire=wire,
+        )
+
+    @staticmethod
+    def _is_sample(forward_pass: ForwardPass) -> bool:
+        """Whether the pass is one that errors are measured in."""
+        is_first = forward_pass.training and forward_pass.index == 0
+        return is_first and forward_pass.iteration % SAMPLE_INTERVAL == 0
 
     def _count_load(self, wire: Wire, like: torch.Tensor) -> None:
         """Counts the bytes of the rank that sends or receives most; the way back is the mirror."""

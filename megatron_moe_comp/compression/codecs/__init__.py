@@ -12,7 +12,7 @@ from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.codecs.shapeshifter import Shapeshifter
 from megatron_moe_comp.compression.codecs.terngrad import TernGrad
 from megatron_moe_comp.compression.codecs.topk import TopK
-from megatron_moe_comp.config import RQ_METHODS, CompressionConfig
+from megatron_moe_comp.config import CompressionConfig
 
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec
@@ -35,7 +35,7 @@ CODECS: dict[str, type[Codec]] = {
 
 
 def codec_of(config: CompressionConfig) -> Codec:
-    """Returns the codec of the configured method: birdmoe's is rq, others have their own name."""
-    if config.moe_a2a_compress in RQ_METHODS:
+    """Returns the configured codec."""
+    if config.codec == "rq":
         return RandomQuantization(config.moe_a2a_scale_per)
-    return CODECS[config.moe_a2a_compress]()
+    return CODECS[config.codec]()

@@ -1,0 +1,136 @@
+"""LshOptions: the knobs of clustering rows by locality-sensitive hashing, as CompressionConfig."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+HashFamily = Literal["fast-cross-polytope", "cross-polytope", "spherical", "random"]
+Residual = Literal["none", "identity", "fitted"]
+LshGradient = Literal["shared", "per-row"]
+LshScope = Literal["all", "remote", "inter-node"]
+
+DEFAULT_NUM_HASHES = 6
+DEFAULT_HASH_DIM = {"spherical": 5}
+OTHER_HASH_DIM = 16
+"""16 coordinates give a cross-polytope hash 32 values, as 5 hyperplanes give a spherical one."""
+DEFAULT_RATE = 0.2
+MAX_HASHES = 64
+
+
+@dataclass(frozen=True)
+class LshOptions:
+    """Options of --moe-a2a-compress=lsh."""
+
+    moe_lsh_hash: HashFamily = "fast-cross-polytope"
+    """Which rows are similar. fast-cross-polytope: those with the same largest coordinates after a
+    Walsh-Hadamard pseudo-rotation. cross-polytope: after a dense random projection. spherical:
+    those on the same side of random hyperplanes. random: a control, clusters of the sizes of
+    fast-cross-polytope's but of rows taken at random."""
+
+    moe_lsh_num_hashes: int | None = None
+    """Hash functions whose values form a row's key, 1 to 64: more make more, finer clusters
+    (default: 6). Without --moe-lsh-target-rate it stays; with it, training starts from it."""
+
+    moe_lsh_hash_dim: int | None = None
+    """Coordinates of one hash function, 1 to the hidden size (default: 16; spherical: 5)."""
+
+    moe_lsh_target_rate: float | None = None
+    """Centroids per row that each layer is held at by adapting how many coordinates are hashed,
+    above 0 to 1 (default: 0.2, or none with --moe-lsh-num-hashes)."""
+
+    moe_lsh_warmup_iters: int = 0
+    """Iterations in which the target rate falls from 1 to --moe-lsh-target-rate."""
+
+    moe_lsh_refine: bool = False
+    """Move each row to the nearest centroid of its expert, once (a Lloyd step)."""
+
+    moe_lsh_center: bool = False
+    """Subtract the mean of an expert's rows before they are hashed."""
+
+    moe_lsh_residual: Residual = "none"
+    """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
+    identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
+    estimated during training from rows that are sent alone."""
+
+    moe_lsh_gradient: LshGradient = "shared"
+    """What gradient a row gets through its centroid. shared: the centroid's divided by its number
+    of rows, which is exact. per-row: its own, through the expert's derivative at the centroid; the
+    backward wires and the experts then work on every row."""
+
+    moe_lsh_scope: LshScope = "all"
+    """Which rows are clustered: all; remote, those that leave their rank; inter-node, those that
+    leave their node. The others are sent and computed one by one."""
+
+    moe_lsh_eval: bool = False
+    """Cluster in evaluation, too. A centroid mixes positions, later ones included, so the loss of a
+    causal model then is not comparable."""
+
+    def _check_lsh(self, method: str) -> None:
+        """Raises ValueError for an unusable value, or one that `method` has no use for."""
+        for name, kind in (
+            ("moe_lsh_hash", HashFamily),
+            ("moe_lsh_residual", Residual),
+            ("moe_lsh_gradient", LshGradient),
+            ("moe_lsh_scope", LshScope),
+        ):
+            require_choice(name, getattr(self, name), get_args(kind))
+        for name, high in (
+            ("moe_lsh_num_hashes", MAX_HASHES),
+            ("moe_lsh_hash_dim", 2**15),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= high:
+                raise ValueError(f"{flag(name)}={value}: out of range. Use 1 to {high}.")
+        rate = self.moe_lsh_target_rate
+        if rate is not None and not 0 < rate <= 1:
+            raise ValueError(
+                f"--moe-lsh-target-rate={rate}: a rate is centroids per row, above 0 and up to 1. "
+                "Use a value such as 0.2."
+            )
+        if self.moe_lsh_warmup_iters < 0:
+            raise ValueError(
+                f"--moe-lsh-warmup-iters={self.moe_lsh_warmup_iters}: cannot be negative. Use 0 "
+                "for no warm-up."
+            )
+        if method == "lsh":
+            self._resolve_lsh()
+        elif method != "none":
+            self._refuse_lsh(method)
+
+    def _resolve_lsh(self) -> None:
+        """Fills in what was not given."""
+        if self.moe_lsh_target_rate is None and self.moe_lsh_num_hashes is None:
+            object.__setattr__(self, "moe_lsh_target_rate", DEFAULT_RATE)
+        if self.moe_lsh_warmup_iters and self.moe_lsh_target_rate is None:
+            raise ValueError(
+                f"--moe-lsh-warmup-iters={self.moe_lsh_warmup_iters}: a fixed number of hashes has "
+                "no rate to fall. Set --moe-lsh-target-rate, or drop one of the two options."
+            )
+        if self.moe_lsh_num_hashes is None:
+            object.__setattr__(self, "moe_lsh_num_hashes", DEFAULT_NUM_HASHES)
+        if self.moe_lsh_hash_dim is None:
+            size = DEFAULT_HASH_DIM.get(self.moe_lsh_hash, OTHER_HASH_DIM)
+            object.__setattr__(self, "moe_lsh_hash_dim", size)
+
+    def _refuse_lsh(self, method: str) -> None:
+        """Raises where an option of clustering was given to another method."""
+        for field in fields(LshOptions):
+            value = getattr(self, field.name)
+            if value != field.default:
+                raise ValueError(
+                    f"{flag(field.name)}{'' if value is True else f'={value}'}: "
+                    f"--moe-a2a-compress={method} does not cluster rows. Drop the option, or use "
+                    "--moe-a2a-compress=lsh."
+                )
+
+
+def flag(name: str) -> str:
+    """Returns the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where `value` is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"{flag(name)}={value}: not one of {', '.join(choices)}. Choose one of these."
+        )
