@@ -95,14 +95,24 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         )
         groups = Groups(num_per_expert, self._clustered, len(rows))
         clusters, probes = self._cluster(rows, groups)
-        rows_per_rank = num_per_expert.view(self.ep_size, self.num_local_experts).sum(dim=1)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
-            "before_permutation_1", self._gather_counts(clusters.num_per_expert, rows_per_rank)
+            "before_permutation_1", self._gather_cluster_counts(clusters, num_per_expert)
         )
-        centroids = clusters.mean(rows)
-        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids, probes)
+        self._at_home = ClusteredRows(rows, row_probs, clusters, clusters.mean(rows), probes)
         self._count_clusters(groups)
-        return centroids, row_probs.new_ones(len(centroids))
+        to_send = self._to_send(self._at_home)
+        return to_send, row_probs.new_ones(len(to_send))
+
+    def _gather_cluster_counts(
+        self, clusters: Clusters, num_per_expert: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the rows of each local expert; every rank learns clusters and rows of all."""
+        rows_per_rank = num_per_expert.view(self.ep_size, self.num_local_experts).sum(dim=1)
+        return self._gather_counts(clusters.num_per_expert, rows_per_rank)
+
+    def _to_send(self, home: ClusteredRows) -> torch.Tensor:
+        """Returns what dispatch_preprocess does."""
+        return home.centroids
 
     @torch.no_grad()
     def _cluster(self, rows: torch.Tensor, groups: Groups) -> tuple[Clusters, Probes | None]:
@@ -171,13 +181,21 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         home, outputs = self._at_home, permutated_local_input_tokens
         self._at_home = None
         if home.probes is not None:
-            self._probe(home, outputs.detach())
-        restored = home.clusters.broadcast(outputs)
+            self._probe(home, self._of_clusters(home, outputs.detach()))
+        restored = self._of_rows(home, outputs)
         if factor := self._residual_factor():
             residual = home.rows - home.clusters.broadcast(home.centroids)
             restored = restored + factor * residual
         restored = (restored * home.probs[:, None]).to(outputs.dtype)
         return super().combine_postprocess(restored)
+
+    def _of_clusters(self, home: ClusteredRows, outputs: torch.Tensor) -> torch.Tensor:
+        """Returns the output of each centroid, [C, H]."""
+        return outputs
+
+    def _of_rows(self, home: ClusteredRows, outputs: torch.Tensor) -> torch.Tensor:
+        """Returns for each row the output of its centroid, [N, H]."""
+        return home.clusters.broadcast(outputs)
 
     def _residual_factor(self) -> float:
         fixed = {"none": 0.0, "identity": 1.0}

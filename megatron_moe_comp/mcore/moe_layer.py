@@ -14,12 +14,16 @@ from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.dedup_token_dispatcher import DedupAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.lsh_token_dispatcher import LshAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.per_row_lsh_token_dispatcher import (
+    PerRowLshAlltoAllTokenDispatcher,
+)
 from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher
 
 
 def _dispatcher_of(compression: CompressionConfig) -> type[CompressedAlltoAllTokenDispatcher]:
     if compression.moe_a2a_compress == "lsh":
-        return LshAlltoAllTokenDispatcher
+        per_row = compression.moe_lsh_gradient == "per-row"
+        return PerRowLshAlltoAllTokenDispatcher if per_row else LshAlltoAllTokenDispatcher
     if compression.moe_a2a_dedup:
         return DedupAlltoAllTokenDispatcher
     return CompressedAlltoAllTokenDispatcher
@@ -58,7 +62,8 @@ class CompressedMoELayer(MoELayer):
             )
             # Two operations per weight forward, four backward; tensor parallel peers have the rest.
             weights = sum(p.numel() for p in self.experts.parameters()) // self.num_local_experts
-            self.stats.flops_per_row = 6 * weights * groups.expt_tp.size()
+            if compression.moe_lsh_gradient == "shared":
+                self.stats.flops_per_row = 6 * weights * groups.expt_tp.size()
         else:
             self.token_dispatcher = CountedAlltoAllTokenDispatcher(*dispatcher_args, groups)
             if self.shared_expert_overlap:

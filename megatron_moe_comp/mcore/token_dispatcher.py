@@ -260,7 +260,7 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if self._dispatched.forward_pass.index == 0 and self.stats.counting:
             for wire in wires if torch.is_grad_enabled() else wires[:1]:
-                self._count_load(wire, rows)
+                self._count_load(wire, rows, self._dispatched.links)
         messages = tuple(map(self._message, wires))
         return compressed_all_to_all(rows, probs, masks, route, messages, self.stats)
 
@@ -289,9 +289,9 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         is_first = forward_pass.training and forward_pass.index == 0
         return is_first and forward_pass.iteration % SAMPLE_INTERVAL == 0
 
-    def _count_load(self, wire: Wire, like: torch.Tensor) -> None:
+    def _count_load(self, wire: Wire, like: torch.Tensor, links: Links) -> None:
         """Counts the bytes of the rank that sends or receives most; the way back is the mirror."""
-        links, hidden_size = self._dispatched.links, like.shape[1]
+        hidden_size = like.shape[1]
         codec = self._codec if wire in self._compression.moe_a2a_wires else Identity()
 
         def row_bytes(codec: Codec, num_bits: int) -> int:
