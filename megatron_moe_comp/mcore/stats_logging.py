@@ -222,7 +222,7 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
         )
     if report["mean_bits"] is not None:
         print(f"Mean bits per value: {report['mean_bits']:.2f}.")
-    if report["rows"] < report["pairs"]:
+    if compression.moe_a2a_dedup:
         saved = 1 - report["rows"] / report["pairs"]
         print(f"Rows shared by several experts of one rank: {saved:.1%} fewer rows sent.")
     print(

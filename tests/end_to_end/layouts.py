@@ -33,8 +33,18 @@ FACTORS = {
 MAX_RANKS_OF_PAIRS = 8
 NONE = {"moe_a2a_compress": "none"}
 NO_WIRES = {"moe_a2a_compress": "birdmoe", "moe_a2a_wires": ()}
-SIX_BITS = {"moe_a2a_compress": "birdmoe", "moe_a2a_bits": 6, "moe_a2a_seed": SEED}
-LOSS_TOLERANCE, NORM_TOLERANCE = 0.05, 0.2
+LSH = {"moe_a2a_compress": "lsh", "moe_a2a_seed": SEED}
+METHODS = {
+    "6 bits": {"moe_a2a_compress": "birdmoe", "moe_a2a_bits": 6, "moe_a2a_seed": SEED},
+    "clusters": LSH | {"moe_lsh_target_rate": 0.5, "moe_lsh_residual": "fitted"},
+    "single rows": LSH | {"moe_lsh_num_hashes": 64},
+}
+TOLERANCES = {
+    "6 bits": {"": (0.05, 0.2), "bf16": (0.05, 0.2)},
+    "clusters": {"": (0.2, 1.0), "bf16": (0.2, 1.0)},
+    "single rows": {"": (1e-5, 1e-4), "bf16": (0.02, 0.1)},
+}
+"""Largest relative distance of losses and gradient norms from none's, in float32 and bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -89,33 +99,43 @@ def pairwise_layouts():
 
 
 def check(layout):
-    """Returns what is wrong with a layout, and how far 6 bits are from none, as sentences."""
+    """Returns what is wrong with a layout, and how far methods are from none, as sentences."""
+    stored = replace(layout, recompute="")
     with closing(GlooPool(layout.ranks(), partial(initialize, groups=layout.groups()))) as pool:
-        none, no_wires, ours = (
-            pool.run(train, layout, options) for options in (NONE, NO_WIRES, SIX_BITS)
+        none, no_wires, *ours = (
+            pool.run(train, layout, options) for options in (NONE, NO_WIRES, *METHODS.values())
         )
-        stored = ours
+        without_recompute = ours
         if layout.recompute:
-            stored = pool.run(train, replace(layout, recompute=""), SIX_BITS)
+            without_recompute = [pool.run(train, stored, options) for options in METHODS.values()]
     wrong = [f"no wires are not none: {text}" for text in differences(no_wires, none)]
-    wrong += [f"recomputation changes 6 bits: {text}" for text in differences(ours, stored)]
-    for rank, (a, b) in enumerate(zip(ours, none, strict=True)):
-        if a.parameters == b.parameters:
-            wrong.append(f"rank {rank}: 6 bits change no parameter")
+    wrong += drifted("none", none, layout)
+    distances = []
+    for name, outcomes, other in zip(METHODS, ours, without_recompute, strict=True):
+        wrong += [f"recomputation changes {name}: {text}" for text in differences(outcomes, other)]
+        wrong += drifted(name, outcomes, layout)
+        for rank, (a, b) in enumerate(zip(outcomes, none, strict=True)):
+            if a.parameters == b.parameters:
+                wrong.append(f"rank {rank}: {name} changes no parameter")
+        history, reference = mean_losses(outcomes), mean_losses(none)
+        loss = furthest(history, reference)
+        norm = furthest(outcomes[0].gradient_norms, none[0].gradient_norms)
+        loss_tolerance, norm_tolerance = TOLERANCES[name][layout.precision]
+        if not loss < loss_tolerance or not norm < norm_tolerance:
+            wrong.append(f"{name} is far from none: {outcomes[0]} instead of {none[0]}")
+        if not history[-1] < history[0]:
+            wrong.append(f"the loss of {name} does not fall: {history}")
+        distances.append(f"{name}: loss within {loss:.2%}, gradient norm within {norm:.1%}")
+    return wrong, "; ".join(distances) + " of none"
+
+
+def drifted(name, outcomes, layout):
+    """Yields a sentence for each rank whose replicated parameters differ within its stage."""
     # Stages are the outermost division of the ranks.
     per_stage = layout.ranks() // layout.groups()["pipeline_model_parallel_size"]
-    for method, outcomes in (("none", none), ("6 bits", ours)):
-        for rank, outcome in enumerate(outcomes):
-            if outcome.replicated != outcomes[rank - rank % per_stage].replicated:
-                wrong.append(f"{method}: rank {rank} has drifted from the others of its stage")
-    history, reference = mean_losses(ours), mean_losses(none)
-    loss = furthest(history, reference)
-    norm = furthest(ours[0].gradient_norms, none[0].gradient_norms)
-    if not loss < LOSS_TOLERANCE or not norm < NORM_TOLERANCE:
-        wrong.append(f"6 bits are far from none: {ours[0]} instead of {none[0]}")
-    if not history[-1] < history[0]:
-        wrong.append(f"the loss does not fall: {history}")
-    return wrong, f"loss within {loss:.2%}, gradient norm within {norm:.1%} of none"
+    for rank, outcome in enumerate(outcomes):
+        if outcome.replicated != outcomes[rank - rank % per_stage].replicated:
+            yield f"{name}: rank {rank} has drifted from the others of its stage"
 
 
 def differences(ours, theirs):

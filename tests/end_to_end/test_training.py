@@ -52,6 +52,21 @@ def test_recomputation_changes_nothing(plain, tmp_path):
     assert run.history() == plain[1].history()
 
 
+LSH = """
+    --moe-a2a-compress=lsh --moe-lsh-target-rate 0.3 --moe-lsh-warmup-iters 4
+    --moe-lsh-residual fitted --moe-lsh-refine --use-distributed-optimizer
+"""
+
+
+def test_resuming_repeats_what_clustering_adapted(tmp_path):
+    saved = directory(tmp_path, "saved")
+    whole = train(saved, f"{LSH} --save {saved}/checkpoints --save-interval 3").history()
+    options = f"{LSH} --load {saved}/checkpoints --ckpt-step 3"
+    resumed = train(directory(tmp_path, "resumed"), options).history()
+    for tag, values in whole.items():
+        assert resumed[tag] == {step: values[step] for step in (4, 5, 6)}, tag
+
+
 def test_statistics_of_a_run(plain):
     base, run = plain
     report = json.loads((base / "a2a.json").read_text())

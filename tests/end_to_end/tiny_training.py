@@ -63,13 +63,19 @@ def train(rank, layout, options):
     from megatron_moe_comp.compression.random_stream import TrainingStep
     from megatron_moe_comp.config import CompressionConfig
     from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+    from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 
     losses, norms = [], []
     config = transformer_config(layout)
+    config.finalize_model_grads_func = finalize_model_grads
     model_config = GPTModelConfig(transformer=config, vocab_size=VOCABULARY, seq_length=LENGTH)
-    use_compressed_moe(
-        model_config, CompressionConfig(**options), lambda: TrainingStep(len(norms), MICROBATCHES)
-    )
+    compression = CompressionConfig(**options)
+
+    def step():
+        return TrainingStep(len(norms), MICROBATCHES)
+
+    use_compressed_moe(model_config, compression, step)
+    LshAdaptation(compression, step, lambda: None, lambda _: None).attach(model_config)
     model_parallel_cuda_manual_seed(SEED)
     sharded = {"use_distributed_optimizer": bool(layout.optimizer)}
     model = GPTModelBuilder(model_config).build_distributed_models(
@@ -81,7 +87,6 @@ def train(rank, layout, options):
         OptimizerConfig(lr=LEARNING_RATE, **precision, **sharded), model
     )
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
     random = torch.Generator().manual_seed(get_data_parallel_rank())
     shape = (MICROBATCHES, MICROBATCH, LENGTH + 1)
     samples = torch.randint(VOCABULARY, shape, generator=random)
