@@ -215,10 +215,11 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
         )
     if report["lsh"]:
         lsh = report["lsh"]
+        residual = lsh["residual_norm"]
         print(
             f"Clustering: {lsh['centroids']} centroids for {lsh['rows']} rows, rate "
-            f"{lsh['rate']:.3f}; {lsh['expert_flops_saved']:.3g} expert FLOPs saved; residual "
-            f"{lsh['residual_norm']:.2f} of a row's norm."
+            f"{lsh['rate']:.3f}; {lsh['expert_flops_saved']:.3g} expert FLOPs saved"
+            + ("." if residual is None else f"; residual {residual:.2f} of a row's norm.")
         )
     if report["mean_bits"] is not None:
         print(f"Mean bits per value: {report['mean_bits']:.2f}.")
