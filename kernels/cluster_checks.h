@@ -27,7 +27,7 @@ inline void check_clusters(const char* name, const at::Tensor& rows, const at::T
                     "not ", type, " ", rows.sizes(), " with strides ", rows.strides());
   check_indices("order", order, rows);
   check_indices("offsets", offsets, rows);
-  TORCH_CHECK_VALUE(offsets.size(0) > 0, "offsets must be one more than clusters, not none");
+  TORCH_CHECK_VALUE(offsets.size(0) > 0, "offsets must be one more than there are clusters, not 0");
 }
 
 inline void check_cluster_sum(const at::Tensor& rows, const at::Tensor& order,
@@ -40,8 +40,9 @@ inline void check_cluster_sum(const at::Tensor& rows, const at::Tensor& order,
 inline void check_cluster_broadcast(const at::Tensor& values, const at::Tensor& order,
                                     const at::Tensor& offsets) {
   check_clusters("values", values, order, offsets);
-  TORCH_CHECK_VALUE(offsets.size(0) == values.size(0) + 1, "offsets must be one more than the ",
-                    values.size(0), " values, not ", offsets.size(0));
+  TORCH_CHECK_VALUE(offsets.size(0) == values.size(0) + 1,
+                    "offsets must be one more than there are ", "clusters, ", values.size(0),
+                    ", not ", offsets.size(0));
 }
 
 }  // namespace moe_comp

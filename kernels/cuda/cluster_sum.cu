@@ -10,12 +10,9 @@
 #include "row_types.cuh"
 
 namespace moe_comp {
-namespace {
 
-constexpr int kThreads = 256;   // in a block
-constexpr int kRowsAtOnce = 4;  // that a thread has asked for before it adds the first
-
-__device__ inline double add_rn(double a, double b) {
+// Beside those of float, which they would hide in the namespace below.
+MMC_INLINE double add_rn(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __dadd_rn(a, b);
 #else
@@ -23,13 +20,18 @@ __device__ inline double add_rn(double a, double b) {
 #endif
 }
 
-__device__ inline double div_rn(double a, double b) {
+MMC_INLINE double div_rn(double a, double b) {
 #if defined(__CUDA_ARCH__)
   return __ddiv_rn(a, b);
 #else
   return a / b;
 #endif
 }
+
+namespace {
+
+constexpr int kThreads = 256;   // in a block
+constexpr int kRowsAtOnce = 4;  // that a thread has asked for before it adds the first
 
 struct Float64 {
   using Bits = uint64_t;
