@@ -20,8 +20,9 @@ def layout(counts, generator=None):
 
 def random_rows(num_rows, hidden, dtype, generator=None):
     """Returns rows of very different magnitude: another order of additions shows."""
-    magnitudes = torch.randn(num_rows, 1, generator=generator).mul(3).exp()
-    return (torch.randn(num_rows, hidden, generator=generator) * magnitudes).to(dtype)
+    magnitudes = torch.randn(num_rows, 1, generator=generator, dtype=torch.float64).mul(3).exp()
+    values = torch.randn(num_rows, hidden, generator=generator, dtype=torch.float64)
+    return (values * magnitudes).to(dtype)
 
 
 def same_bytes(actual, expected):

@@ -101,8 +101,8 @@ def test_nothing_to_do(kernels):
 def test_refuses_more_blocks_than_a_launch_has():
     emulated = EmulatedClusters(build.emulated("cluster_sum"))
     none = np.zeros(1, np.uint32)
-    values = np.lib.stride_tricks.as_strided(none, (1 << 30, 1024), (4096, 4))
+    values = np.lib.stride_tricks.as_strided(none, (1 << 32, 1024), (4096, 4))
     rows = np.empty((0, 1024), np.uint32)
-    offsets = np.lib.stride_tricks.as_strided(np.zeros(1, np.int64), ((1 << 30) + 1,), (0,))
+    offsets = np.lib.stride_tricks.as_strided(np.zeros(1, np.int64), ((1 << 32) + 1,), (0,))
     with pytest.raises(RuntimeError, match="CUDA error"):
         emulated.cluster_sum(rows, values, "float32", np.empty(0, np.int64), offsets, False)
