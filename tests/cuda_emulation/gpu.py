@@ -58,3 +58,46 @@ class GpuKernels:
         memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]
         memory.copy_(torch.from_numpy(array.reshape(-1).view(np.uint8)))
         return memory.view(dtype).view(array.shape)
+
+
+class GpuClusters(GpuKernels):
+    """Both ops on clusters; each writes into the rows or the values, like `EmulatedClusters`."""
+
+    def cluster_sum(
+        self,
+        rows: np.ndarray,
+        values: np.ndarray,
+        row_type: str,
+        order: np.ndarray,
+        offsets: np.ndarray,
+        mean: bool,
+    ) -> None:
+        """Writes into the values."""
+        self._call(
+            torch.ops.megatron_moe_comp.cluster_sum, rows, values, row_type, order, offsets, mean
+        )
+
+    def cluster_broadcast(
+        self,
+        rows: np.ndarray,
+        values: np.ndarray,
+        row_type: str,
+        order: np.ndarray,
+        offsets: np.ndarray,
+        mean: bool,
+    ) -> None:
+        """Writes into the rows."""
+        self._call(
+            torch.ops.megatron_moe_comp.cluster_broadcast,
+            values,
+            rows,
+            row_type,
+            order,
+            offsets,
+            mean,
+        )
+
+    def _call(self, op, source, target, row_type, order, offsets, mean):
+        indices = (self._copy(array, torch.int64) for array in (order, offsets))
+        written = op(self._copy(source, getattr(torch, row_type)), *indices, mean)
+        target[:] = written.cpu().contiguous().view(torch.uint8).numpy().view(target.dtype)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROW_TYPES = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
+ROW_TYPES = {
+    "float32": np.uint32,
+    "bfloat16": np.uint16,
+    "float16": np.uint16,
+    "float64": np.uint64,  # of clusters alone
+}
 """The order of RowType in launchers.h; rows are arrays of the bits of their values."""
 
 
@@ -49,8 +54,8 @@ class EmulatedKernels:
     ) -> None:
         """Writes into the message; `random` is key, offset and stream."""
         call = _call(rows, row_type, row_scales, message, segments)
-        function = self._quantize.moe_comp_quantize_pack
-        self._launch(self._quantize, function, call, ctypes.byref(_RandomStream(*random)))
+        words = ctypes.byref(_RandomStream(*random))
+        launch(self._quantize, "moe_comp_quantize_pack", self.reverse, call, words)
 
     def unpack_dequantize(
         self,
@@ -62,13 +67,17 @@ class EmulatedKernels:
     ) -> None:
         """Writes into the rows."""
         call = _call(rows, row_type, row_scales, message, segments)
-        self._launch(self._dequantize, self._dequantize.moe_comp_unpack_dequantize, call)
+        launch(self._dequantize, "moe_comp_unpack_dequantize", self.reverse, call)
 
-    def _launch(self, library, function, call, *arguments) -> None:
-        library.emulation_reverse(self.reverse)
-        if code := function(ctypes.byref(call), *arguments, None):
-            library.emulation_error.restype = ctypes.c_char_p
-            raise RuntimeError(f"CUDA error {code}: {library.emulation_error().decode()}")
+
+def launch(
+    library: ctypes.CDLL, function: str, reverse: bool, call: ctypes.Structure, *arguments: object
+) -> None:
+    """Calls a launcher of an emulated library, with threads in the given order."""
+    library.emulation_reverse(reverse)
+    if code := getattr(library, function)(ctypes.byref(call), *arguments, None):
+        library.emulation_error.restype = ctypes.c_char_p
+        raise RuntimeError(f"CUDA error {code}: {library.emulation_error().decode()}")
 
 
 def _call(rows, row_type, row_scales, message, segments):

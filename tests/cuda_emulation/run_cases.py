@@ -1,4 +1,4 @@
-"""Runs both ops on a few small cases and prints a digest of what they wrote.
+"""Runs the ops on a few small cases and prints a digest of what they wrote.
 
 For libraries that Python can only load in a process of its own: those built with a sanitizer, and
 those of mutated sources, which may crash or never end.
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.cuda_emulation.build import OPS, ROOT, emulated, sanitizer_environment
+from tests.cuda_emulation import clusters
+from tests.cuda_emulation.build import ROOT, SOURCES, emulated, sanitizer_environment
 from tests.cuda_emulation.kernels import EmulatedKernels
 
 
@@ -101,7 +102,7 @@ def run(
     """
     libraries = [
         emulated(op, sanitizer, kernels=sources[op]) if op in sources else emulated(op, sanitizer)
-        for op in OPS
+        for op in SOURCES
     ]
     few_blocks = sanitizer == "thread" if few_blocks is None else few_blocks
     module = "tests.cuda_emulation.run_cases"
@@ -118,9 +119,14 @@ def run(
 def main() -> None:
     """Prints one digest per order of threads."""
     few_blocks, *libraries = sys.argv[1:]
+    quantize_pack, unpack_dequantize, cluster_sum = map(Path, libraries)
     for reverse in (False, True):
-        kernels = EmulatedKernels(*map(Path, libraries), reverse)
-        print(digest(kernels, bool(int(few_blocks))), flush=True)
+        kernels = EmulatedKernels(quantize_pack, unpack_dequantize, reverse)
+        print(
+            digest(kernels, bool(int(few_blocks)))
+            + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse)),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The emulated CUDA kernels under sanitizers, and whether the tests see bugs that are put in."""
 
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -40,6 +41,7 @@ class Mutation(NamedTuple):
 
 
 PACK, UNPACK = "cuda/quantize_pack.cu", "cuda/unpack_dequantize.cu"
+CLUSTERS = "cuda/cluster_sum.cu"
 MUTATIONS = [
     Mutation("codes leave before all are there", PACK,
              "    __syncthreads();\n    copy_out(part", "    copy_out(part"),
@@ -79,6 +81,13 @@ MUTATIONS = [
              "  __syncthreads();\n", ""),
     Mutation("the second four values begin a bit too early", UNPACK,
              "bit + i * num_bits", "bit + (i - i / 4) * num_bits"),
+    Mutation("the rows of a cluster in fours, the last ones not", CLUSTERS,
+             "if (i + k < work.last) pieces", "if (i + k < work.last - 1) pieces"),
+    Mutation("the last block goes on behind the last cluster", CLUSTERS,
+             "const bool exists = cluster < p.num_clusters;", "const bool exists = true;",
+             "address"),
+    Mutation("rows are aligned because the values are", CLUSTERS,
+             "(call.rows) |", "(call.values) |", "undefined"),
     Mutation("writes behind the last column", UNPACK, "if (i < count) target", "target", "address"),
 ]  # fmt: skip
 
@@ -91,7 +100,8 @@ def test_a_bug_is_seen(mutation, digests, tmp_path):
     text = source.read_text()
     assert text.count(mutation.old) == 1, "the mutation does not fit the source any more"
     source.write_text(text.replace(mutation.old, mutation.new))
-    op = "unpack_dequantize" if mutation.file == UNPACK else "quantize_pack"
+    op = Path(mutation.file).stem
+    op = op if op in build.SOURCES else "quantize_pack"
     end = run(mutation.seen_by, **{op: kernels})
     if mutation.seen_by == "plain":
         assert set(end.stdout.split()) != digests[False]
