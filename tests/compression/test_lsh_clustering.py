@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def layouts(draw):
 def members(clusters):
     """Returns the rows of each cluster."""
     ends = clusters.offsets.tolist()
-    return [clusters.order[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    return [clusters.order[a:b].tolist() for a, b in pairwise(ends)]
 
 
 def partition(clusters):
