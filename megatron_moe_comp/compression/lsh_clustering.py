@@ -144,7 +144,7 @@ def refined(clusters: Clusters, rows: torch.Tensor, groups: Groups) -> Clusters:
             continue
         # Half the square of the distance, less half that of the row, which no centroid changes.
         distances = half_norms[first:last] - rows[first_row:last_row] @ centroids[first:last].T
-        least, nearest = distances.nan_to_num(nan=torch.inf).min(dim=1)
+        least, nearest = distances.masked_fill_(distances.isnan(), torch.inf).min(dim=1)
         place = assignment[first_row:last_row]
         place.copy_(torch.where(least.isfinite(), nearest + first, place))
     return _of_sorted_keys(*assignment.sort(stable=True), groups)

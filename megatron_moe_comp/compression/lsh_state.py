@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from megatron_moe_comp.lsh_options import LshOptions
 
-GAIN = 0.5
-"""Hash functions added for a rate of half the target. What one adds is at most about doubling."""
+GAIN = 0.25
+"""Hash functions added for a rate of zero, and taken away for twice the target. Stable where one
+multiplies the rate by up to 32, as it does for unrelated rows."""
 MOST_HASHES = 16
 """Hash functions that adapting goes up to; their keys make nearly every row a cluster."""
 MEMORY = 0.9
@@ -67,13 +68,16 @@ class LshState:
             iteration: its number, from 0.
             options: of the run.
         """
-        if math.isfinite(seen.residual_dot) and seen.residual_square > 0:
+        if math.isfinite(seen.residual_dot) and 0 < seen.residual_square < math.inf:
             self.residual_dot = MEMORY * self.residual_dot + seen.residual_dot
             self.residual_square = MEMORY * self.residual_square + seen.residual_square
         if options.moe_lsh_target_rate is None or not seen.rows:
             return
-        hashes = GAIN * math.log2(target_rate(options, iteration + 1) * seen.rows / seen.centroids)
-        step = options.moe_lsh_hash_dim * min(max(hashes, -1.0), 1.0)
+        # Proportional to the rate, not its logarithm: where no number of coordinates gives the
+        # target, the rate goes up and down, and it is then its mean that is held.
+        rate = seen.centroids / seen.rows
+        hashes = GAIN * (1.0 - rate / target_rate(options, iteration + 1))
+        step = options.moe_lsh_hash_dim * max(hashes, -1.0)
         most = float(max_coordinates(options))
         self.coordinates = min(max(self.coordinates + step, 1.0), most)
 
