@@ -98,10 +98,25 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self._gather_cluster_counts(clusters, num_per_expert)
         )
-        self._at_home = ClusteredRows(rows, row_probs, clusters, clusters.mean(rows), probes)
+        centroids = self._centroids(clusters, rows, row_probs)
+        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids, probes)
         self._count_clusters(groups)
         to_send = self._to_send(self._at_home)
         return to_send, row_probs.new_ones(len(to_send))
+
+    def _centroids(
+        self, clusters: Clusters, rows: torch.Tensor, probs: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns what stands for each cluster of rows [N, H], [C, H]; differentiable."""
+        kind = self._compression.moe_lsh_centroid
+        if kind == "weighted":
+            weights = probs[:, None].to(rows.dtype)
+            return clusters.mean(rows * weights) / clusters.mean(weights)
+        means = clusters.mean(rows)
+        if kind == "scaled":
+            norms = clusters.mean(rows.norm(dim=1, keepdim=True))
+            return means * (norms / means.norm(dim=1, keepdim=True).clamp(min=1e-6))
+        return means
 
     def _gather_cluster_counts(
         self, clusters: Clusters, num_per_expert: torch.Tensor
@@ -127,7 +142,8 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
                 layer=self._layer_number,
             )
         hashed = centered(rows, groups) if config.moe_lsh_center else rows
-        keys = self._hash.keys(hashed, self.state.num_coordinates)
+        draw = forward_pass.iteration if config.moe_lsh_redraw else None
+        keys = self._hash.keys(hashed, self.state.num_coordinates, draw)
         if config.moe_lsh_hash == "random":
             stream = self._stream("dispatch_fwd", forward_pass)
             keys = shuffled(keys, groups, random_words(stream, len(rows), rows.device))
