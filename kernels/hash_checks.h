@@ -30,10 +30,10 @@ inline void check_hadamard(const at::Tensor& rows, const at::Tensor& signs, int6
                            int64_t block_size) {
   check_rows(rows);
   const int64_t size = signs.dim() == 3 ? signs.size(2) : 0;
-  TORCH_CHECK_VALUE(size >= 1 && size >= rows.size(1) && (size & (size - 1)) == 0 &&
-                        signs.size(1) == kDiagonals,
-                    "signs must be [rotations, ", kDiagonals, ", P] with P a power of two from ",
-                    rows.size(1), " on, not ", signs.sizes());
+  TORCH_CHECK_VALUE(
+      size >= 1 && size >= rows.size(1) && (size & (size - 1)) == 0 && signs.size(1) == kDiagonals,
+      "signs must be [rotations, ", kDiagonals, ", P] with P a power of two from ", rows.size(1),
+      " on, not ", signs.sizes());
   check_hash(rows, signs, signs.size(0) * size, num_coordinates, block_size);
 }
 

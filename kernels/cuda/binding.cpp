@@ -120,8 +120,8 @@ at::Tensor hadamard_hash(const at::Tensor& rows, const at::Tensor& signs, int64_
                          int64_t block_size) {
   check_hadamard(rows, signs, num_coordinates, block_size);
   const int64_t size = signs.size(2);
-  return hash(rows, signs, num_coordinates, block_size,
-              (num_coordinates + size - 1) / size * size, moe_comp_hadamard_hash);
+  return hash(rows, signs, num_coordinates, block_size, (num_coordinates + size - 1) / size * size,
+              moe_comp_hadamard_hash);
 }
 
 at::Tensor dense_hash(const at::Tensor& rows, const at::Tensor& directions, int64_t num_coordinates,

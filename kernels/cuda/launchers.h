@@ -28,14 +28,14 @@ constexpr int64_t kMaxCoordinates = 1 << 14;  // of a row under all rotations: i
 // The arguments of both hashes; everything is in device memory. The caller has checked that the
 // numbers fit the tensors.
 struct HashCall {
-  const void* rows;       // [num_rows, hidden]
+  const void* rows;  // [num_rows, hidden]
   int64_t num_rows;
   int64_t hidden;         // 0 to kMaxHidden
   const float* rotation;  // signs [rotations, kDiagonals, columns], or directions [hidden, columns]
   int64_t columns;
   int64_t num_coordinates;
   int64_t block_size;
-  int64_t* keys;          // [num_rows]
+  int64_t* keys;  // [num_rows]
   RowType row_type;
 };
 

@@ -1,5 +1,5 @@
-// hadamard_hash and dense_hash: float rows to the keys of their rotated coordinates. The contract is
-// megatron_moe_comp/ops/lsh_hash.py.
+// hadamard_hash and dense_hash: float rows to the keys of their rotated coordinates. The contract
+// is megatron_moe_comp/ops/lsh_hash.py.
 //
 // A block of threads has a tile of rows, whose coordinates are in shared memory: all rotations of a
 // row side by side. A warp finds the code of a block of coordinates, a thread mixes those of a row.

@@ -47,8 +47,8 @@ namespace emulation {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxParameterBytes = 4096;
-constexpr size_t kFreeSharedBytes = 48 << 10;    // that a block has without asking
-constexpr size_t kMostSharedBytes = 99 << 10;    // on the smallest device from sm_80 on
+constexpr size_t kFreeSharedBytes = 48 << 10;  // that a block has without asking
+constexpr size_t kMostSharedBytes = 99 << 10;  // of the devices from sm_80 on, where it is least
 
 enum class State { kReady, kAtBarrier, kInCollective, kDone };
 
@@ -69,8 +69,9 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::unique_ptr<char[]> stacks;
-  std::unique_ptr<char[]> dynamic_shared;
   size_t dynamic_bytes;
+  char* dynamic_shared;
+  std::vector<std::unique_ptr<char[]>> all_dynamic_shared;  // of the grid: no block takes another's
   void (*run)(void*);
   void* arguments;
   int phase;       // number of the next barrier
@@ -231,10 +232,13 @@ EMULATION_UNCHECKED static int fill_shared(dl_phdr_info* info, size_t, void*) {
   return 0;
 }
 
+EMULATION_UNCHECKED static inline void* dynamic_shared() { return block.dynamic_shared; }
+
 EMULATION_UNCHECKED static bool run_block([[maybe_unused]] uint64_t number) {
   dl_iterate_phdr(fill_shared, nullptr);
-  block.dynamic_shared.reset(new char[block.dynamic_bytes]);
-  std::memset(block.dynamic_shared.get(), 0xff, block.dynamic_bytes);
+  block.dynamic_shared = new char[block.dynamic_bytes];
+  block.all_dynamic_shared.emplace_back(block.dynamic_shared);
+  std::memset(block.dynamic_shared, 0xff, block.dynamic_bytes);
   current = &scheduler;
 #if defined(__SANITIZE_THREAD__)
   scheduler.tsan = __tsan_get_current_fiber();
@@ -330,6 +334,7 @@ EMULATION_UNCHECKED static cudaError_t run_grid(const cudaLaunchConfig_t& config
 #if defined(__SANITIZE_THREAD__)
   __tsan_acquire(&after_grid);
 #endif
+  block.all_dynamic_shared.clear();
   return cudaSuccess;
 }
 
@@ -353,7 +358,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters..
 #define cudaLaunchKernelEx emulation::launch
 #define cudaFuncSetAttribute emulation::set_attribute
 #define MMC_DYNAMIC_SHARED(type, name) \
-  type* const name = reinterpret_cast<type*>(emulation::block.dynamic_shared.get())
+  type* const name = static_cast<type*>(emulation::dynamic_shared())
 
 static inline void __syncthreads() { emulation::barrier(); }
 

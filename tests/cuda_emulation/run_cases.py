@@ -18,7 +18,7 @@ from tests.cuda_emulation.kernels import EmulatedKernels
 
 
 class Case(NamedTuple):
-    """Arguments of quantize_pack and unpack_dequantize; the scales are given, or computed and sent."""
+    """Arguments of quantize_pack and unpack_dequantize; scales are given, or computed and sent."""
 
     rows: np.ndarray
     row_type: str
