@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 EMULATION = Path(__file__).parent / "emulation.h"
-OPS = ("quantize_pack", "unpack_dequantize", "lsh_hash")
+OPS = ("quantize_pack", "unpack_dequantize")
+SOURCES = (*OPS, "lsh_hash")
 
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -87,7 +88,7 @@ def emulated(op: str, sanitizer: str = "plain", kernels: Path = KERNELS) -> Path
     """Returns the library that runs the kernels of an op on the CPU.
 
     Args:
-        op: one of `OPS`.
+        op: one of `SOURCES`.
         sanitizer: one of `SANITIZERS`.
         kernels: the folder of sources, or a changed copy of it.
     """
@@ -103,7 +104,7 @@ def device_code(op: str, architecture: int) -> tuple[str, str]:
     """Returns the PTX of an op's kernels, and what ptxas reports of their registers and spills.
 
     Args:
-        op: one of `OPS`.
+        op: one of `SOURCES`.
         architecture: 80, 90.
     """
     sources = [path for path in KERNELS.glob("**/*") if path.suffix in (".cu", ".cuh", ".h")]

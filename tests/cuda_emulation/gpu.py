@@ -9,7 +9,7 @@ from megatron_moe_comp import ops
 
 
 class GpuKernels:
-    """All ops on copies of NumPy arrays, which lie as far from an aligned address as those do."""
+    """Both ops on copies of NumPy arrays, which lie as far from an aligned address as those do."""
 
     def __init__(self, device: str = "cuda"):
         assert ops.is_compiled(device), "the CUDA kernels are not built: run scripts/setup.sh"
@@ -53,7 +53,17 @@ class GpuKernels:
         )
         rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
 
-    def lsh_hash(
+    def _copy(self, array, dtype):
+        skip = array.ctypes.data % 16
+        memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]
+        memory.copy_(torch.from_numpy(array.reshape(-1).view(np.uint8)))
+        return memory.view(dtype).view(array.shape)
+
+
+class GpuHashes(GpuKernels):
+    """Both hashes, like `EmulatedHashes`."""
+
+    def hash(
         self,
         op: str,
         rows: np.ndarray,
@@ -70,9 +80,3 @@ class GpuKernels:
             block_size,
         )
         return keys.cpu().numpy()
-
-    def _copy(self, array, dtype):
-        skip = array.ctypes.data % 16
-        memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]
-        memory.copy_(torch.from_numpy(array.reshape(-1).view(np.uint8)))
-        return memory.view(dtype).view(array.shape)

@@ -22,20 +22,6 @@ class _OpCall(ctypes.Structure):
     )
 
 
-class _HashCall(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-        ("hidden", ctypes.c_int64),
-        ("rotation", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-        ("num_coordinates", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("row_type", ctypes.c_int32),
-    )
-
-
 class _RandomStream(ctypes.Structure):
     _fields_ = (
         ("key", ctypes.c_uint64),
@@ -45,14 +31,11 @@ class _RandomStream(ctypes.Structure):
 
 
 class EmulatedKernels:
-    """All of `build.OPS`, emulated; arguments as in megatron_moe_comp.ops."""
+    """Both ops of `build.emulated`; arguments as in megatron_moe_comp.ops."""
 
-    def __init__(
-        self, quantize_pack: Path, unpack_dequantize: Path, lsh_hash: Path, reverse: bool = False
-    ):
+    def __init__(self, quantize_pack: Path, unpack_dequantize: Path, reverse: bool = False):
         self._quantize = ctypes.CDLL(str(quantize_pack))
         self._dequantize = ctypes.CDLL(str(unpack_dequantize))
-        self._hash = ctypes.CDLL(str(lsh_hash))
         self.reverse = reverse
 
     def quantize_pack(
@@ -66,8 +49,8 @@ class EmulatedKernels:
     ) -> None:
         """Writes into the message; `random` is key, offset and stream."""
         call = _call(rows, row_type, row_scales, message, segments)
-        function = self._quantize.moe_comp_quantize_pack
-        self._launch(self._quantize, function, call, ctypes.byref(_RandomStream(*random)))
+        words = ctypes.byref(_RandomStream(*random))
+        launch(self._quantize, "moe_comp_quantize_pack", self.reverse, call, words)
 
     def unpack_dequantize(
         self,
@@ -79,41 +62,17 @@ class EmulatedKernels:
     ) -> None:
         """Writes into the rows."""
         call = _call(rows, row_type, row_scales, message, segments)
-        self._launch(self._dequantize, self._dequantize.moe_comp_unpack_dequantize, call)
+        launch(self._dequantize, "moe_comp_unpack_dequantize", self.reverse, call)
 
-    def lsh_hash(
-        self,
-        op: str,
-        rows: np.ndarray,
-        row_type: str,
-        rotation: np.ndarray,
-        num_coordinates: int,
-        block_size: int,
-    ) -> np.ndarray:
-        """Returns the keys; `op` is hadamard_hash or dense_hash."""
-        assert rows.dtype == ROW_TYPES[row_type]
-        assert rotation.dtype == np.float32
-        assert rows.flags.c_contiguous
-        assert rotation.flags.c_contiguous
-        keys = np.full(len(rows), -1, np.int64)
-        call = _HashCall(
-            rows.ctypes.data,
-            *rows.shape,
-            rotation.ctypes.data,
-            rotation.shape[-1],
-            num_coordinates,
-            block_size,
-            keys.ctypes.data,
-            list(ROW_TYPES).index(row_type),
-        )
-        self._launch(self._hash, getattr(self._hash, f"moe_comp_{op}"), call)
-        return keys
 
-    def _launch(self, library, function, call, *arguments) -> None:
-        library.emulation_reverse(self.reverse)
-        if code := function(ctypes.byref(call), *arguments, None):
-            library.emulation_error.restype = ctypes.c_char_p
-            raise RuntimeError(f"CUDA error {code}: {library.emulation_error().decode()}")
+def launch(
+    library: ctypes.CDLL, function: str, reverse: bool, call: ctypes.Structure, *arguments: object
+) -> None:
+    """Calls a launcher of an emulated library, with threads in the given order."""
+    library.emulation_reverse(reverse)
+    if code := getattr(library, function)(ctypes.byref(call), *arguments, None):
+        library.emulation_error.restype = ctypes.c_char_p
+        raise RuntimeError(f"CUDA error {code}: {library.emulation_error().decode()}")
 
 
 def _call(rows, row_type, row_scales, message, segments):

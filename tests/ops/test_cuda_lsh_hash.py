@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from megatron_moe_comp.ops.lsh_hash import _dense_reference, _hadamard_reference, padded_size
 from tests.cuda_emulation import build
-from tests.cuda_emulation.gpu import GpuKernels
-from tests.cuda_emulation.kernels import ROW_TYPES, EmulatedKernels
+from tests.cuda_emulation.gpu import GpuHashes
+from tests.cuda_emulation.hashes import EmulatedHashes
+from tests.cuda_emulation.kernels import ROW_TYPES
 
 pytestmark = pytest.mark.skipif(build.missing_tool() is not None, reason=str(build.missing_tool()))
 
@@ -22,11 +23,11 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 @pytest.fixture(scope="module", params=["forward", "reverse"] + ["gpu"] * torch.cuda.is_available())
 def kernels(request):
     """The kernels, with the threads of a block in this order, or compiled where there is a GPU."""
-    return GpuKernels() if request.param == "gpu" else emulated(request.param == "reverse")
+    return GpuHashes() if request.param == "gpu" else emulated(request.param == "reverse")
 
 
 def emulated(reverse):
-    return EmulatedKernels(*(build.emulated(op) for op in build.OPS), reverse=reverse)
+    return EmulatedHashes(build.emulated("lsh_hash"), reverse)
 
 
 def rotation_of(op, hidden, num_coordinates, generator):
@@ -42,7 +43,7 @@ def check(kernels, op, rows, rotation, num_coordinates, block_size):
     name = str(rows.dtype).removeprefix("torch.")
     bits = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16).numpy()
     typed = bits.view(ROW_TYPES[name])
-    keys = kernels.lsh_hash(op, typed, name, rotation.numpy(), num_coordinates, block_size)
+    keys = kernels.hash(op, typed, name, rotation.numpy(), num_coordinates, block_size)
     expected = REFERENCES[op](rows, rotation, num_coordinates, block_size).numpy()
     wrong = np.flatnonzero(keys != expected)
     assert not len(wrong), f"{len(wrong)} of {len(rows)} keys, the first of row {wrong[0]}"
@@ -105,4 +106,4 @@ def test_refuses_more(op):
     rows = np.zeros((1, 16385 if op == "hadamard_hash" else 1), np.uint32)
     rotation = np.ones((1, 3, 32768) if op == "hadamard_hash" else (1, 16385), np.float32)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        emulated(reverse=False).lsh_hash(op, rows, "float32", rotation, 16385, 16)
+        emulated(reverse=False).hash(op, rows, "float32", rotation, 16385, 16)

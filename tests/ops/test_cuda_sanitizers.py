@@ -108,7 +108,8 @@ def test_a_bug_is_seen(mutation, digests, tmp_path):
     text = source.read_text()
     assert text.count(mutation.old) == 1, "the mutation does not fit the source any more"
     source.write_text(text.replace(mutation.old, mutation.new))
-    op = Path(mutation.file).stem if mutation.file.endswith(".cu") else "quantize_pack"
+    op = Path(mutation.file).stem
+    op = op if op in build.SOURCES else "quantize_pack"
     end = run(mutation.seen_by, **{op: kernels})
     if mutation.seen_by == "plain":
         assert set(end.stdout.split()) != digests[False]
