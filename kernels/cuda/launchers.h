@@ -36,6 +36,22 @@ struct ClusterCall {
   bool mean;
 };
 
+constexpr int64_t kMaxCoordinates = 1 << 14;  // of a row under all rotations: in shared memory
+
+// The arguments of both hashes; everything is in device memory. The caller has checked that the
+// numbers fit the tensors.
+struct HashCall {
+  const void* rows;  // [num_rows, hidden]
+  int64_t num_rows;
+  int64_t hidden;         // 0 to kMaxHidden
+  const float* rotation;  // signs [rotations, kDiagonals, columns], or directions [hidden, columns]
+  int64_t columns;
+  int64_t num_coordinates;
+  int64_t block_size;
+  int64_t* keys;  // [num_rows]
+  RowType row_type;
+};
+
 // Which random numbers are used: the key and two words of the counter of Philox.
 struct RandomStream {
   uint64_t key;
@@ -59,5 +75,10 @@ cudaError_t moe_comp_cluster_sum(const moe_comp::ClusterCall* call, cudaStream_t
 
 // Enqueues the op on a stream and returns at once; reads call->values, writes call->rows.
 cudaError_t moe_comp_cluster_broadcast(const moe_comp::ClusterCall* call, cudaStream_t stream);
+
+// Enqueue the op on a stream and return at once; read rows and rotation, write keys. Refuse more
+// than kMaxCoordinates coordinates: of hadamard_hash, all those of the rotations that it needs.
+cudaError_t moe_comp_hadamard_hash(const moe_comp::HashCall* call, cudaStream_t stream);
+cudaError_t moe_comp_dense_hash(const moe_comp::HashCall* call, cudaStream_t stream);
 
 }  // extern "C"

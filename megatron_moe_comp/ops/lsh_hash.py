@@ -116,6 +116,10 @@ def hadamard_hash(
     O(P log P) per rotation (Andoni et al., NeurIPS 2015, section 6). Coordinate j is coordinate
     j % P of rotation j // P.
 
+    The row (2, -5, 1), P = 4, with D1 = (1, -1, 1, -1), D2 and D3 of ones: H D1 makes it
+    (8, -2, 6, -4), H D2 (8, 20, 4, 0) and H D3 (32, -8, 24, -16). Of blocks of 2, the codes are 0
+    and 0 (2 * 0, the first coordinate, which is positive); the key is 0xd5f0b44d31ac.
+
     Args:
         rows: [N, H] of any floating-point dtype; wider ones than float32 are rounded to it.
         signs: float32 [rotations, 3, P] of 1 and -1, the diagonals D1, D2, D3.
@@ -140,6 +144,9 @@ def dense_hash(
     """Returns the keys of rows under a dense random projection, int64 [N].
 
     Coordinate j is the sum over columns k, in their order, of rows[:, k] * directions[k, j].
+
+    The row (2, -5, 1) and the identity as directions: of blocks of 2, the codes are 3 (2 * 1 + 1,
+    the second coordinate, which is negative) and 0; the key is 0xcdb5fc09d061.
 
     Args:
         rows: [N, H] of any floating-point dtype; wider ones than float32 are rounded to it.

@@ -101,3 +101,25 @@ class GpuClusters(GpuKernels):
         indices = (self._copy(array, torch.int64) for array in (order, offsets))
         written = op(self._copy(source, getattr(torch, row_type)), *indices, mean)
         target[:] = written.cpu().contiguous().view(torch.uint8).numpy().view(target.dtype)
+
+
+class GpuHashes(GpuKernels):
+    """Both hashes, like `EmulatedHashes`."""
+
+    def hash(
+        self,
+        op: str,
+        rows: np.ndarray,
+        row_type: str,
+        rotation: np.ndarray,
+        num_coordinates: int,
+        block_size: int,
+    ) -> np.ndarray:
+        """Returns the keys; `op` is hadamard_hash or dense_hash."""
+        keys = getattr(torch.ops.megatron_moe_comp, op)(
+            self._copy(rows, getattr(torch, row_type)),
+            self._copy(rotation, torch.float32),
+            num_coordinates,
+            block_size,
+        )
+        return keys.cpu().numpy()

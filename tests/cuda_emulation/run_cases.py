@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.cuda_emulation import clusters
+from tests.cuda_emulation import clusters, hashes
 from tests.cuda_emulation.build import ROOT, SOURCES, emulated, sanitizer_environment
 from tests.cuda_emulation.kernels import EmulatedKernels
 
@@ -119,12 +119,13 @@ def run(
 def main() -> None:
     """Prints one digest per order of threads."""
     few_blocks, *libraries = sys.argv[1:]
-    quantize_pack, unpack_dequantize, cluster_sum = map(Path, libraries)
+    quantize_pack, unpack_dequantize, cluster_sum, lsh_hash = map(Path, libraries)
     for reverse in (False, True):
         kernels = EmulatedKernels(quantize_pack, unpack_dequantize, reverse)
         print(
             digest(kernels, bool(int(few_blocks)))
             + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse)),
+            +hashes.digest(hashes.EmulatedHashes(lsh_hash, reverse)),
             flush=True,
         )
 

@@ -1,7 +1,5 @@
 """The C++ kernels against the references in Python, byte for byte, with every instruction set."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,24 +19,6 @@ WORDS = st.integers(0, 2**32 - 1)
 
 if not ops.is_compiled("cpu"):
     pytest.skip("the C++ kernels are not built: run scripts/setup.sh", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", params=["avx512", "avx2", "generic"])
-def isa(request):
-    """Each instruction set that this machine has, in turn."""
-    outside = os.environ.get(ISA_VARIABLE)
-    os.environ[ISA_VARIABLE] = request.param
-    try:
-        encode(ops.quantize_pack, torch.empty(0, 8), None, [], 0)
-        yield request.param
-    except ValueError as error:
-        if "this machine has no such instructions" not in str(error):
-            raise
-        pytest.skip(str(error))
-    finally:
-        os.environ.pop(ISA_VARIABLE)
-        if outside is not None:
-            os.environ[ISA_VARIABLE] = outside
 
 
 def reference(*args, key, offset, stream):

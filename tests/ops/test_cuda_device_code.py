@@ -32,7 +32,7 @@ def test_nothing_is_spilled(device_code):
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
     # The routine for division has a line, too, where the assembler makes it a function.
-    assert len(found) >= len(kernels_of(ptx)) >= 12
+    assert len(found) >= len(kernels_of(ptx)) >= 6
     assert set(found) == {("0", "0", "0")}
 
 

@@ -42,6 +42,7 @@ class Mutation(NamedTuple):
 
 PACK, UNPACK = "cuda/quantize_pack.cu", "cuda/unpack_dequantize.cu"
 CLUSTERS = "cuda/cluster_sum.cu"
+HASH = "cuda/lsh_hash.cu"
 MUTATIONS = [
     Mutation("codes leave before all are there", PACK,
              "    __syncthreads();\n    copy_out(part", "    copy_out(part"),
@@ -89,6 +90,21 @@ MUTATIONS = [
     Mutation("rows are aligned because the values are", CLUSTERS,
              "(call.rows) |", "(call.values) |", "undefined"),
     Mutation("writes behind the last column", UNPACK, "if (i < count) target", "target", "address"),
+    Mutation("codes are mixed before all are there", HASH,
+             "  __syncthreads();\n  for (int i = threadIdx.x; i < num_rows",
+             "  for (int i = threadIdx.x; i < num_rows"),
+    Mutation("a stage begins before the last one has ended", HASH,
+             "  __syncthreads();\n}\n\ntemplate <typename Row>\n__global__",
+             "}\n\ntemplate <typename Row>\n__global__"),
+    Mutation("the next columns overwrite these", HASH,
+             "      __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll"),
+    Mutation("any lane has the code of the largest", HASH,
+             "upper == largest ? static_cast<uint32_t>(candidate) : 0",
+             "static_cast<uint32_t>(candidate)"),
+    Mutation("the last block has coordinates behind the last", HASH,
+             "left < p.block_size ? left", "left < 0 ? left"),
+    Mutation("reads behind the last column of a row", HASH,
+             "row < num_rows && k < columns", "row < num_rows", "address"),
 ]  # fmt: skip
 
 
