@@ -112,6 +112,8 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         if kind == "weighted":
             weights = probs[:, None].to(rows.dtype)
             return clusters.mean(rows * weights) / clusters.mean(weights)
+        if kind == "first":
+            return rows.index_select(0, clusters.order[clusters.offsets[:-1]])
         means = clusters.mean(rows)
         if kind == "scaled":
             norms = clusters.mean(rows.norm(dim=1, keepdim=True))
