@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../hash_checks.h"
 #include "../segment_checks.h"
 #include "launchers.h"
 
@@ -87,12 +88,56 @@ void unpack_dequantize(const at::Tensor& message, const OptionalTensor& row_scal
   }
 }
 
+// Returns the keys that a launcher writes, which has `shared` coordinates of a row at once.
+at::Tensor hash(const at::Tensor& rows, const at::Tensor& rotation, int64_t num_coordinates,
+                int64_t block_size, int64_t shared,
+                cudaError_t (*launch)(const HashCall*, cudaStream_t)) {
+  TORCH_CHECK_VALUE(rows.is_cuda(), "rows must be on a CUDA device, not on ", rows.device());
+  TORCH_CHECK_VALUE(rows.size(1) <= kMaxHidden, "rows must have at most ", kMaxHidden,
+                    " columns, not ", rows.size(1));
+  TORCH_CHECK_VALUE(shared <= kMaxCoordinates, "the rotations must have at most ", kMaxCoordinates,
+                    " coordinates on a CUDA device, not ", shared,
+                    ": use fewer, or rows with fewer columns");
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor source = has_kernel(rows) ? rows : rows.to(at::kFloat);
+  const at::Tensor factors = rotation.contiguous();
+  const at::Tensor keys = rows.new_empty({rows.size(0)}, rows.options().dtype(at::kLong));
+  HashCall call = {};
+  call.rows = source.const_data_ptr();
+  call.num_rows = rows.size(0);
+  call.hidden = rows.size(1);
+  call.rotation = factors.const_data_ptr<float>();
+  call.columns = factors.size(-1);
+  call.num_coordinates = num_coordinates;
+  call.block_size = block_size;
+  call.keys = keys.mutable_data_ptr<int64_t>();
+  call.row_type = row_type_of(source);
+  C10_CUDA_CHECK(launch(&call, c10::cuda::getCurrentCUDAStream()));
+  return keys;
+}
+
+at::Tensor hadamard_hash(const at::Tensor& rows, const at::Tensor& signs, int64_t num_coordinates,
+                         int64_t block_size) {
+  check_hadamard(rows, signs, num_coordinates, block_size);
+  const int64_t size = signs.size(2);
+  return hash(rows, signs, num_coordinates, block_size,
+              (num_coordinates + size - 1) / size * size, moe_comp_hadamard_hash);
+}
+
+at::Tensor dense_hash(const at::Tensor& rows, const at::Tensor& directions, int64_t num_coordinates,
+                      int64_t block_size) {
+  check_dense(rows, directions, num_coordinates, block_size);
+  return hash(rows, directions, num_coordinates, block_size, num_coordinates, moe_comp_dense_hash);
+}
+
 }  // namespace
 }  // namespace moe_comp
 
 TORCH_LIBRARY_IMPL(megatron_moe_comp, CUDA, library) {
   library.impl("quantize_pack", moe_comp::quantize_pack);
   library.impl("unpack_dequantize", moe_comp::unpack_dequantize);
+  library.impl("hadamard_hash", moe_comp::hadamard_hash);
+  library.impl("dense_hash", moe_comp::dense_hash);
 }
 
 PyMODINIT_FUNC PyInit__kernels_cuda() {

@@ -23,6 +23,22 @@ struct OpCall {
   RowType row_type;
 };
 
+constexpr int64_t kMaxCoordinates = 1 << 14;  // of a row under all rotations: in shared memory
+
+// The arguments of both hashes; everything is in device memory. The caller has checked that the
+// numbers fit the tensors.
+struct HashCall {
+  const void* rows;       // [num_rows, hidden]
+  int64_t num_rows;
+  int64_t hidden;         // 0 to kMaxHidden
+  const float* rotation;  // signs [rotations, kDiagonals, columns], or directions [hidden, columns]
+  int64_t columns;
+  int64_t num_coordinates;
+  int64_t block_size;
+  int64_t* keys;          // [num_rows]
+  RowType row_type;
+};
+
 // Which random numbers are used: the key and two words of the counter of Philox.
 struct RandomStream {
   uint64_t key;
@@ -40,5 +56,10 @@ cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
 
 // Enqueues the op on a stream and returns at once; reads call->message, writes call->rows.
 cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_t stream);
+
+// Enqueue the op on a stream and return at once; read rows and rotation, write keys. Refuse more
+// than kMaxCoordinates coordinates: of hadamard_hash, all those of the rotations that it needs.
+cudaError_t moe_comp_hadamard_hash(const moe_comp::HashCall* call, cudaStream_t stream);
+cudaError_t moe_comp_dense_hash(const moe_comp::HashCall* call, cudaStream_t stream);
 
 }  // extern "C"

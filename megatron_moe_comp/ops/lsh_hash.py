@@ -46,7 +46,7 @@ def walsh_hadamard(values: torch.Tensor) -> torch.Tensor:
     """Returns the Walsh-Hadamard transform of each row, [N, P] with P a power of two, unscaled."""
     shape, half = values.shape, 1
     while half < shape[1]:
-        pairs = values.view(shape[0], -1, 2, half)
+        pairs = values.view(shape[0], shape[1] // (2 * half), 2, half)
         first, second = pairs[:, :, 0], pairs[:, :, 1]
         values = torch.stack((first + second, first - second), dim=2).view(shape)
         half *= 2

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 EMULATION = Path(__file__).parent / "emulation.h"
-OPS = ("quantize_pack", "unpack_dequantize")
+OPS = ("quantize_pack", "unpack_dequantize", "lsh_hash")
 
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -18,9 +18,11 @@
 #include <link.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -31,7 +33,6 @@
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
 
-#include <map>
 #include <thread>
 #define EMULATION_UNCHECKED __attribute__((no_sanitize("thread")))
 #else
@@ -46,6 +47,8 @@ namespace emulation {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxParameterBytes = 4096;
+constexpr size_t kFreeSharedBytes = 48 << 10;    // that a block has without asking
+constexpr size_t kMostSharedBytes = 99 << 10;    // on the smallest device from sm_80 on
 
 enum class State { kReady, kAtBarrier, kInCollective, kDone };
 
@@ -66,6 +69,8 @@ struct Fiber {
 struct Block {
   std::vector<Fiber> fibers;
   std::unique_ptr<char[]> stacks;
+  std::unique_ptr<char[]> dynamic_shared;
+  size_t dynamic_bytes;
   void (*run)(void*);
   void* arguments;
   int phase;       // number of the next barrier
@@ -228,6 +233,8 @@ EMULATION_UNCHECKED static int fill_shared(dl_phdr_info* info, size_t, void*) {
 
 EMULATION_UNCHECKED static bool run_block([[maybe_unused]] uint64_t number) {
   dl_iterate_phdr(fill_shared, nullptr);
+  block.dynamic_shared.reset(new char[block.dynamic_bytes]);
+  std::memset(block.dynamic_shared.get(), 0xff, block.dynamic_bytes);
   current = &scheduler;
 #if defined(__SANITIZE_THREAD__)
   scheduler.tsan = __tsan_get_current_fiber();
@@ -271,8 +278,21 @@ static cudaError_t refuse(cudaError_t code, const char* reason) {
   return code;
 }
 
+// The bytes of dynamic shared memory that a kernel has asked for.
+static std::map<const void*, size_t> dynamic_limits;
+
+template <typename... Parameters>
+cudaError_t set_attribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > kMostSharedBytes) {
+    return refuse(cudaErrorInvalidValue, "attribute");
+  }
+  dynamic_limits[reinterpret_cast<const void*>(kernel)] = value;
+  return cudaSuccess;
+}
+
 EMULATION_UNCHECKED static cudaError_t run_grid(const cudaLaunchConfig_t& config,
-                                                size_t parameter_bytes) {
+                                                size_t parameter_bytes, const void* kernel) {
   const dim3 b = config.blockDim, g = config.gridDim;
   const uint64_t num_threads = uint64_t{b.x} * b.y * b.z;
   if (num_threads < 1 || num_threads > 1024 || b.z > 64) {
@@ -281,9 +301,13 @@ EMULATION_UNCHECKED static cudaError_t run_grid(const cudaLaunchConfig_t& config
   if (g.x < 1 || g.x > INT32_MAX || g.y < 1 || g.y > 65535 || g.z < 1 || g.z > 65535) {
     return refuse(cudaErrorInvalidConfiguration, "blocks of a grid");
   }
-  if (parameter_bytes > kMaxParameterBytes || config.dynamicSmemBytes) {
-    return refuse(cudaErrorInvalidValue, "parameters or dynamic shared memory");
+  if (parameter_bytes > kMaxParameterBytes) {
+    return refuse(cudaErrorInvalidValue, "parameters");
   }
+  if (config.dynamicSmemBytes > std::max(kFreeSharedBytes, dynamic_limits[kernel])) {
+    return refuse(cudaErrorInvalidValue, "dynamic shared memory");
+  }
+  block.dynamic_bytes = config.dynamicSmemBytes;
   blockDim = b, gridDim = g;
   block.fibers.resize(num_threads);
 #if !defined(__SANITIZE_THREAD__)
@@ -321,12 +345,15 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters..
     const Call& call = *static_cast<const Call*>(opaque);
     std::apply(call.kernel, call.parameters);
   };
-  return run_grid(*config, (sizeof(Parameters) + ... + 0));
+  return run_grid(*config, (sizeof(Parameters) + ... + 0), reinterpret_cast<const void*>(kernel));
 }
 
 }  // namespace emulation
 
 #define cudaLaunchKernelEx emulation::launch
+#define cudaFuncSetAttribute emulation::set_attribute
+#define MMC_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(emulation::block.dynamic_shared.get())
 
 static inline void __syncthreads() { emulation::barrier(); }
 

@@ -9,7 +9,7 @@ from megatron_moe_comp import ops
 
 
 class GpuKernels:
-    """Both ops on copies of NumPy arrays, which lie as far from an aligned address as those do."""
+    """All ops on copies of NumPy arrays, which lie as far from an aligned address as those do."""
 
     def __init__(self, device: str = "cuda"):
         assert ops.is_compiled(device), "the CUDA kernels are not built: run scripts/setup.sh"
@@ -52,6 +52,24 @@ class GpuKernels:
             segments,
         )
         rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
+
+    def lsh_hash(
+        self,
+        op: str,
+        rows: np.ndarray,
+        row_type: str,
+        rotation: np.ndarray,
+        num_coordinates: int,
+        block_size: int,
+    ) -> np.ndarray:
+        """Returns the keys; `op` is hadamard_hash or dense_hash."""
+        keys = getattr(torch.ops.megatron_moe_comp, op)(
+            self._copy(rows, getattr(torch, row_type)),
+            self._copy(rotation, torch.float32),
+            num_coordinates,
+            block_size,
+        )
+        return keys.cpu().numpy()
 
     def _copy(self, array, dtype):
         skip = array.ctypes.data % 16

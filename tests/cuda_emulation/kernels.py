@@ -22,6 +22,20 @@ class _OpCall(ctypes.Structure):
     )
 
 
+class _HashCall(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("rotation", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("num_coordinates", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("row_type", ctypes.c_int32),
+    )
+
+
 class _RandomStream(ctypes.Structure):
     _fields_ = (
         ("key", ctypes.c_uint64),
@@ -31,11 +45,14 @@ class _RandomStream(ctypes.Structure):
 
 
 class EmulatedKernels:
-    """Both ops of `build.emulated`; arguments as in megatron_moe_comp.ops."""
+    """All of `build.OPS`, emulated; arguments as in megatron_moe_comp.ops."""
 
-    def __init__(self, quantize_pack: Path, unpack_dequantize: Path, reverse: bool = False):
+    def __init__(
+        self, quantize_pack: Path, unpack_dequantize: Path, lsh_hash: Path, reverse: bool = False
+    ):
         self._quantize = ctypes.CDLL(str(quantize_pack))
         self._dequantize = ctypes.CDLL(str(unpack_dequantize))
+        self._hash = ctypes.CDLL(str(lsh_hash))
         self.reverse = reverse
 
     def quantize_pack(
@@ -63,6 +80,34 @@ class EmulatedKernels:
         """Writes into the rows."""
         call = _call(rows, row_type, row_scales, message, segments)
         self._launch(self._dequantize, self._dequantize.moe_comp_unpack_dequantize, call)
+
+    def lsh_hash(
+        self,
+        op: str,
+        rows: np.ndarray,
+        row_type: str,
+        rotation: np.ndarray,
+        num_coordinates: int,
+        block_size: int,
+    ) -> np.ndarray:
+        """Returns the keys; `op` is hadamard_hash or dense_hash."""
+        assert rows.dtype == ROW_TYPES[row_type]
+        assert rotation.dtype == np.float32
+        assert rows.flags.c_contiguous
+        assert rotation.flags.c_contiguous
+        keys = np.full(len(rows), -1, np.int64)
+        call = _HashCall(
+            rows.ctypes.data,
+            *rows.shape,
+            rotation.ctypes.data,
+            rotation.shape[-1],
+            num_coordinates,
+            block_size,
+            keys.ctypes.data,
+            list(ROW_TYPES).index(row_type),
+        )
+        self._launch(self._hash, getattr(self._hash, f"moe_comp_{op}"), call)
+        return keys
 
     def _launch(self, library, function, call, *arguments) -> None:
         library.emulation_reverse(self.reverse)

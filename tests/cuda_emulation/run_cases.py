@@ -1,4 +1,4 @@
-"""Runs both ops on a few small cases and prints a digest of what they wrote.
+"""Runs all ops on a few small cases and prints a digest of what they wrote.
 
 For libraries that Python can only load in a process of its own: those built with a sanitizer, and
 those of mutated sources, which may crash or never end.
@@ -18,7 +18,7 @@ from tests.cuda_emulation.kernels import EmulatedKernels
 
 
 class Case(NamedTuple):
-    """Arguments of both ops; the scales are given, or computed and sent."""
+    """Arguments of quantize_pack and unpack_dequantize; the scales are given, or computed and sent."""
 
     rows: np.ndarray
     row_type: str
@@ -58,11 +58,7 @@ def _case(
     values = generator.standard_normal((num_rows, hidden), np.float32)
     if num_rows > 6:
         values[1, 3::5] = np.nan
-    rows = values.view(np.uint32)
-    if row_type == "bfloat16":
-        rows = (rows >> 16).astype(np.uint16)
-    elif row_type == "float16":
-        rows = values.astype(np.float16).view(np.uint16)
+    rows = _bits(values, row_type)
     rows = np.concatenate((rows.ravel()[:skip], rows.ravel()))[skip:].reshape(rows.shape)
     table, end, first = [], 5, 1
     for num_bits, count in segments:
@@ -73,8 +69,49 @@ def _case(
     return Case(rows, row_type, scales, table, end)
 
 
+class HashCase(NamedTuple):
+    """Arguments of hadamard_hash or dense_hash."""
+
+    op: str
+    rows: np.ndarray
+    row_type: str
+    rotation: np.ndarray
+    num_coordinates: int
+    block_size: int
+
+
+def hash_cases() -> Iterator[HashCase]:
+    """Yields cases that together take every path through the kernels."""
+    for op, row_type, num_rows, hidden, num_coordinates, block_size in (
+        ("hadamard_hash", "bfloat16", 9, 257, 96, 16),
+        ("hadamard_hash", "float16", 3, 13, 40, 7),
+        ("hadamard_hash", "float32", 2, 1030, 2049, 70),
+        ("hadamard_hash", "float32", 5, 1, 3, 1),
+        ("dense_hash", "bfloat16", 9, 130, 40, 16),
+        ("dense_hash", "float32", 3, 7, 300, 1),
+    ):
+        generator = np.random.default_rng(hidden)
+        values = generator.integers(-4, 5, (num_rows, hidden)).astype(np.float32)  # with ties
+        values[1, hidden // 2] = np.inf
+        shape = (hidden, num_coordinates + 1)
+        if op == "hadamard_hash":
+            size = 1 << (hidden - 1).bit_length()
+            shape = (-(-num_coordinates // size), 3, size)
+        rotation = generator.choice(np.float32([-1, 1]), shape)
+        yield HashCase(op, _bits(values, row_type), row_type, rotation, num_coordinates, block_size)
+
+
+def _bits(values: np.ndarray, row_type: str) -> np.ndarray:
+    """Returns the bits of float32 values as rows of this type."""
+    if row_type == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    if row_type == "float16":
+        return values.astype(np.float16).view(np.uint16)
+    return values.view(np.uint32)
+
+
 def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
-    """Returns the digest of all messages, and of the rows that come out of them."""
+    """Returns the digest of all messages, of the rows that come out of them, and of keys."""
     digest = hashlib.sha256()
     for case in cases(few_blocks):
         # Of exactly the size that is needed, so that nothing hides what is written behind it.
@@ -86,6 +123,8 @@ def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
         rows = case.rows  # in place: what is not written stays
         kernels.unpack_dequantize(message, case.row_scales, rows, case.row_type, case.segments)
         digest.update(message.tobytes() + rows.tobytes())
+    for hash_case in hash_cases():
+        digest.update(kernels.lsh_hash(*hash_case).tobytes())
     return digest.hexdigest()
 
 

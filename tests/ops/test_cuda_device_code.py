@@ -16,8 +16,13 @@ def architecture(request):
 
 
 @pytest.fixture(scope="module", params=build.OPS)
-def device_code(request, architecture):
-    return build.device_code(request.param, architecture)
+def op(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def device_code(op, architecture):
+    return build.device_code(op, architecture)
 
 
 def kernels_of(ptx):
@@ -26,13 +31,13 @@ def kernels_of(ptx):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_nothing_is_spilled(device_code):
+def test_nothing_is_spilled(op, device_code):
     ptx, report = device_code
     found = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
     # The routine for division has a line, too, where the assembler makes it a function.
-    assert len(found) >= len(kernels_of(ptx)) >= 12
+    assert len(found) >= len(kernels_of(ptx)) >= (6 if op == "lsh_hash" else 12)
     assert set(found) == {("0", "0", "0")}
 
 
@@ -44,6 +49,7 @@ def test_every_float_operation_rounds_once(device_code):
         assert not re.search(forbidden, ptx), forbidden
 
 
+@pytest.mark.parametrize("op", ["quantize_pack", "unpack_dequantize"], scope="module")
 def test_rows_and_messages_move_16_bytes_at_a_time(device_code):
     """In every kernel the message does, in those for aligned rows the rows do too."""
     ptx, _ = device_code

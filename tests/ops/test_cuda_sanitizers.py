@@ -1,6 +1,7 @@
 """The emulated CUDA kernels under sanitizers, and whether the tests see bugs that are put in."""
 
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -40,6 +41,7 @@ class Mutation(NamedTuple):
 
 
 PACK, UNPACK = "cuda/quantize_pack.cu", "cuda/unpack_dequantize.cu"
+HASH = "cuda/lsh_hash.cu"
 MUTATIONS = [
     Mutation("codes leave before all are there", PACK,
              "    __syncthreads();\n    copy_out(part", "    copy_out(part"),
@@ -80,6 +82,21 @@ MUTATIONS = [
     Mutation("the second four values begin a bit too early", UNPACK,
              "bit + i * num_bits", "bit + (i - i / 4) * num_bits"),
     Mutation("writes behind the last column", UNPACK, "if (i < count) target", "target", "address"),
+    Mutation("codes are mixed before all are there", HASH,
+             "  __syncthreads();\n  for (int i = threadIdx.x; i < num_rows",
+             "  for (int i = threadIdx.x; i < num_rows"),
+    Mutation("a stage begins before the last one has ended", HASH,
+             "  __syncthreads();\n}\n\ntemplate <typename Row>\n__global__",
+             "}\n\ntemplate <typename Row>\n__global__"),
+    Mutation("the next columns overwrite these", HASH,
+             "      __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll"),
+    Mutation("any lane has the code of the largest", HASH,
+             "upper == largest ? static_cast<uint32_t>(candidate) : 0",
+             "static_cast<uint32_t>(candidate)"),
+    Mutation("the last block has coordinates behind the last", HASH,
+             "left < p.block_size ? left", "left < 0 ? left"),
+    Mutation("reads behind the last column of a row", HASH,
+             "row < num_rows && k < columns", "row < num_rows", "address"),
 ]  # fmt: skip
 
 
@@ -91,7 +108,7 @@ def test_a_bug_is_seen(mutation, digests, tmp_path):
     text = source.read_text()
     assert text.count(mutation.old) == 1, "the mutation does not fit the source any more"
     source.write_text(text.replace(mutation.old, mutation.new))
-    op = "unpack_dequantize" if mutation.file == UNPACK else "quantize_pack"
+    op = Path(mutation.file).stem if mutation.file.endswith(".cu") else "quantize_pack"
     end = run(mutation.seen_by, **{op: kernels})
     if mutation.seen_by == "plain":
         assert set(end.stdout.split()) != digests[False]
