@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../cluster_checks.h"
 #include "../hash_checks.h"
 #include "../segment_checks.h"
 #include "launchers.h"
@@ -130,6 +131,40 @@ at::Tensor dense_hash(const at::Tensor& rows, const at::Tensor& directions, int6
   return hash(rows, directions, num_coordinates, block_size, num_coordinates, moe_comp_dense_hash);
 }
 
+// Enqueues `launch`; `rows` have the device and the type of `values`.
+void launch_clusters(const at::Tensor& rows, const at::Tensor& values, const at::Tensor& order,
+                     const at::Tensor& offsets, bool mean,
+                     cudaError_t (*launch)(const ClusterCall*, cudaStream_t)) {
+  ClusterCall call = {};
+  call.rows = rows.data_ptr();
+  call.values = values.data_ptr();
+  call.order = order.const_data_ptr<int64_t>();
+  call.offsets = offsets.const_data_ptr<int64_t>();
+  call.num_clusters = values.size(0);
+  call.hidden = rows.size(1);
+  call.row_type = rows.scalar_type() == at::kDouble ? RowType::kFloat64 : row_type_of(rows);
+  call.mean = mean;
+  C10_CUDA_CHECK(launch(&call, c10::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor cluster_sum(const at::Tensor& rows, const at::Tensor& order, const at::Tensor& offsets,
+                       bool mean) {
+  check_cluster_sum(rows, order, offsets);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor values = rows.new_empty({offsets.size(0) - 1, rows.size(1)});
+  launch_clusters(rows, values, order, offsets, mean, moe_comp_cluster_sum);
+  return values;
+}
+
+at::Tensor cluster_broadcast(const at::Tensor& values, const at::Tensor& order,
+                             const at::Tensor& offsets, bool mean) {
+  check_cluster_broadcast(values, order, offsets);
+  const c10::cuda::CUDAGuard guard(values.device());
+  const at::Tensor rows = values.new_empty({order.size(0), values.size(1)});
+  launch_clusters(rows, values, order, offsets, mean, moe_comp_cluster_broadcast);
+  return rows;
+}
+
 }  // namespace
 }  // namespace moe_comp
 
@@ -138,6 +173,8 @@ TORCH_LIBRARY_IMPL(megatron_moe_comp, CUDA, library) {
   library.impl("unpack_dequantize", moe_comp::unpack_dequantize);
   library.impl("hadamard_hash", moe_comp::hadamard_hash);
   library.impl("dense_hash", moe_comp::dense_hash);
+  library.impl("cluster_sum", moe_comp::cluster_sum);
+  library.impl("cluster_broadcast", moe_comp::cluster_broadcast);
 }
 
 PyMODINIT_FUNC PyInit__kernels_cuda() {

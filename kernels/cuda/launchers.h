@@ -9,7 +9,7 @@ namespace moe_comp {
 
 constexpr int64_t kMaxHidden = (int64_t{1} << 28) - 1;  // the bits of a row fit an int
 
-enum class RowType : int32_t { kFloat32, kBfloat16, kFloat16 };
+enum class RowType : int32_t { kFloat32, kBfloat16, kFloat16, kFloat64 };  // the last: clusters
 
 // The arguments that both ops have. Everything but `segments` is in device memory; the segments are
 // read before the call returns. The caller has checked that they lie within rows and message.
@@ -39,6 +39,19 @@ struct HashCall {
   RowType row_type;
 };
 
+// The arguments of cluster_sum and cluster_broadcast; everything is in device memory. The caller
+// has checked the sizes, but not what order and offsets hold.
+struct ClusterCall {
+  void* rows;              // [N, hidden]
+  void* values;            // [num_clusters, hidden]
+  const int64_t* order;    // [N]
+  const int64_t* offsets;  // [num_clusters + 1]
+  int64_t num_clusters;
+  int64_t hidden;
+  RowType row_type;
+  bool mean;
+};
+
 // Which random numbers are used: the key and two words of the counter of Philox.
 struct RandomStream {
   uint64_t key;
@@ -61,5 +74,11 @@ cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_
 // than kMaxCoordinates coordinates: of hadamard_hash, all those of the rotations that it needs.
 cudaError_t moe_comp_hadamard_hash(const moe_comp::HashCall* call, cudaStream_t stream);
 cudaError_t moe_comp_dense_hash(const moe_comp::HashCall* call, cudaStream_t stream);
+
+// Enqueues the op on a stream and returns at once; reads call->rows, writes call->values.
+cudaError_t moe_comp_cluster_sum(const moe_comp::ClusterCall* call, cudaStream_t stream);
+
+// Enqueues the op on a stream and returns at once; reads call->values, writes call->rows.
+cudaError_t moe_comp_cluster_broadcast(const moe_comp::ClusterCall* call, cudaStream_t stream);
 
 }  // extern "C"

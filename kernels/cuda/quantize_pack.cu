@@ -245,6 +245,8 @@ cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
       return launch_rows<Bfloat16>(*call, params, stream);
     case RowType::kFloat16:
       return launch_rows<Float16>(*call, params, stream);
+    case RowType::kFloat64:
+      break;
   }
   return cudaErrorInvalidValue;
 }

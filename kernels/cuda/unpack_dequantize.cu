@@ -139,6 +139,8 @@ cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_
       return launch_rows<Bfloat16>(*call, params, stream);
     case RowType::kFloat16:
       return launch_rows<Float16>(*call, params, stream);
+    case RowType::kFloat64:
+      break;
   }
   return cudaErrorInvalidValue;
 }
