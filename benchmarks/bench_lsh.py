@@ -7,9 +7,10 @@
 
 Added is what a rank's dispatcher does for one layer and micro-batch, forward and backward: hashing,
 clustering, centroids, and restoring rows times their probabilities. Saved is the experts' forward
-and backward on all rows less that on the centroids. In each round every action runs once, and a
-ratio is of times of one round. On the CPU, times are of one thread's processor time, which other
-processes take no part of; on CUDA, wall-clock time with a synchronization after each stage.
+and backward on all rows less that on the centroids. Everything runs once per round, experts before
+each clustering, and a ratio is of times of one round. On the CPU, times are of one thread's
+processor time, which other processes take no part of; on CUDA, wall-clock time with a
+synchronization after each stage. Communication is not measured.
 """
 
 import argparse
@@ -145,27 +146,33 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(num_tokens: int, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Result]:
     """Yields the results of every case on one batch, measured in turns."""
     batch = make_batch(num_tokens, options.hidden, dtype, options.device)
-    all_rows = tuple(batch.groups.num_rows.tolist())
+    num_rows = batch.groups.total
     cases = list(make_cases(batch, options))
-    sizes = {all_rows, *(case.sizes for case in cases)}
     experts = {kind: make_experts(kind, batch.rows) for kind in options.experts}
+    ones = torch.ones_like(batch.probs).detach()
+
+    def seconds_of_experts(probs: torch.Tensor, sizes: torch.Tensor) -> dict[str, float]:
+        return {
+            kind: run_experts(kind, of_kind, batch.rows, probs, sizes.tolist())
+            for kind, of_kind in experts.items()
+        }
+
     rounds = []
     for _ in range(options.rounds + 1):
-        expert_seconds = {
-            (kind, size): run_experts(kind, experts[kind], batch.rows, size)
-            for kind in options.experts
-            for size in sizes
-        }
-        rounds.append((expert_seconds, [run_case(case, batch) for case in cases]))
+        on_rows = seconds_of_experts(batch.probs, batch.groups.num_rows)
+        of_cases = []
+        for case in cases:
+            # Before clustering, as other work is in training: it takes cache and memory.
+            on_centroids = seconds_of_experts(ones, case.clusters.num_per_expert)
+            saved = {kind: on_rows[kind] - on_centroids[kind] for kind in experts}
+            of_cases.append((run_case(case, batch), saved))
+        rounds.append(of_cases)
     del rounds[0]  # warms up
-    scale = 1e6 / batch.groups.total
-    for index, case in enumerate(cases):
-        laps = [laps_of[index] for _, laps_of in rounds]
+    scale = 1e6 / num_rows
+    for case, of_rounds in zip(cases, zip(*rounds, strict=True), strict=True):
+        laps = [lap for lap, _ in of_rounds]
         added = [scale * sum(lap.values()) for lap in laps]
-        saved = {
-            kind: [scale * (s[kind, all_rows] - s[kind, case.sizes]) for s, _ in rounds]
-            for kind in options.experts
-        }
+        saved = {kind: [scale * saved[kind] for _, saved in of_rounds] for kind in experts}
         yield Result(
             device=options.device,
             dtype=str(dtype).removeprefix("torch."),
@@ -174,7 +181,7 @@ def measure(num_tokens: int, dtype: torch.dtype, options: argparse.Namespace) ->
             variant=case.variant,
             impl=case.impl,
             coordinates=case.num_coordinates,
-            rate=len(case.clusters) / batch.groups.total,
+            rate=len(case.clusters) / num_rows,
             stages={stage: scale * median(lap[stage] for lap in laps) for stage in laps[0]},
             added=spread(added),
             saved={kind: spread(values) for kind, values in saved.items()},

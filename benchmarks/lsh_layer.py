@@ -59,11 +59,6 @@ class Case:
     num_coordinates: int
     clusters: Clusters
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Centroids of each expert."""
-        return tuple(self.clusters.num_per_expert.tolist())
-
 
 class References(TorchDispatchMode):
     """Context in which the ops of clustering, their gradients too, are their references."""
@@ -212,19 +207,29 @@ def run_experts(
     kind: str,
     experts: Sequence[tuple[torch.Tensor, torch.Tensor]],
     rows: torch.Tensor,
+    probs: torch.Tensor,
     sizes: Sequence[int],
 ) -> float:
-    """Returns the seconds of experts, forward and backward, on as many rows each as `sizes`."""
-    parts = [part.detach().requires_grad_() for part in rows[: sum(sizes)].split(list(sizes))]
+    """Returns the seconds of experts, forward and backward, on as many rows each as `sizes`.
+
+    As Megatron's, they multiply what is between their matrices by the probabilities.
+    """
+
+    def split(values: torch.Tensor) -> list[torch.Tensor]:
+        parts = values.detach()[: sum(sizes)].split(list(sizes))
+        return [part.requires_grad_(values.requires_grad) for part in parts]
+
+    parts = list(zip(split(rows), split(probs), experts, strict=True))
     watch = Stopwatch(rows.device)
-    for part, (first, second) in zip(parts, experts, strict=True):
+    for part, factors, (first, second) in parts:
         inner = linear(part, first)
         if kind == "swiglu":
             gate, value = inner.chunk(2, dim=1)
             inner = silu(gate) * value
         else:
             inner = gelu(inner)
-        output = linear(inner, second)
-        torch.autograd.grad(output, (part, first, second), output.detach())
+        output = linear(inner * factors[:, None], second)
+        inputs = (part, first, second, *([factors] if factors.requires_grad else []))
+        torch.autograd.grad(output, inputs, output.detach())
     watch.lap("experts")
     return watch.laps["experts"]

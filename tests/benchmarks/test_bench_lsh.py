@@ -54,17 +54,16 @@ def test_every_case_has_a_row(tmp_path, capsys):
 
 
 def test_experts_run_on_all_rows_and_on_the_centroids(tmp_path, monkeypatch):
-    sizes, run_experts = [], bench_lsh.run_experts
+    calls, run_experts = [], bench_lsh.run_experts
 
-    def count(kind, experts, rows, of_experts):
-        sizes.append(of_experts)
-        return run_experts(kind, experts, rows, of_experts)
+    def record(kind, experts, rows, probs, sizes):
+        calls.append((len(sizes), sum(sizes), probs.requires_grad))
+        return run_experts(kind, experts, rows, probs, sizes)
 
-    monkeypatch.setattr(bench_lsh, "run_experts", count)
+    monkeypatch.setattr(bench_lsh, "run_experts", record)
     (row,) = run(tmp_path, "--families spherical --variants plain --dtypes float32")
-    assert {len(of_experts) for of_experts in sizes} == {lsh_layer.NUM_EXPERTS}
-    assert {sum(of_experts) for of_experts in sizes} == {128, round(128 * row["rate"])}
-    assert len(sizes) == 2 * 2  # one round after one to warm up
+    of_rows, of_centroids = (8, 128, True), (8, round(128 * row["rate"]), False)
+    assert calls == 2 * [of_rows, of_centroids]  # one round after one to warm up
 
 
 def test_the_rate_is_next_to_the_target():
