@@ -84,13 +84,14 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self.hidden_shape_before_permute = tokens.shape
         num_per_expert = routing_map.sum(dim=0).long()
         dropless = self.config.moe_expert_capacity_factor is None
-        num_rows = len(tokens) * self.config.moe_router_topk if dropless else num_per_expert.sum()
-        self.num_out_tokens = num_rows
+        self.num_out_tokens = (
+            len(tokens) * self.config.moe_router_topk if dropless else int(num_per_expert.sum())
+        )
         rows, row_probs, self.reversed_local_input_permutation_mapping, *_ = permute(
             tokens,
             routing_map,
             probs=probs,
-            num_out_tokens=num_rows,
+            num_out_tokens=self.num_out_tokens,
             fused=self.config.moe_permute_fusion,
         )
         groups = Groups(num_per_expert, self._clustered, len(rows))
@@ -153,7 +154,8 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         if config.moe_lsh_refine:
             clusters = refined(clusters, rows, groups)
         if config.moe_lsh_residual == "fitted" and self._is_sample(forward_pass):
-            return with_probes(clusters, groups)
+            clusters, probes = with_probes(clusters, groups)
+            return clusters, None if forward_pass.recomputed else probes
         return clusters, None
 
     def _count_clusters(self, groups: Groups) -> None:
