@@ -149,6 +149,14 @@ def test_warmup_falls_in_a_straight_line():
     assert [target_rate(lsh(target_rate=0.3), i) for i in (0, 9)] == pytest.approx([0.3, 0.3])
 
 
+def test_an_update_aims_at_the_target_of_the_next_iteration():
+    options = lsh(target_rate=0.2, warmup_iters=4)
+    for iteration in range(5):
+        state = LshState(100.0)
+        state.update(seen(target_rate(options, iteration + 1)), iteration, options)
+        assert state.coordinates == pytest.approx(100.0)
+
+
 def test_warmup_starts_with_every_row_alone_and_follows_its_target():
     options = lsh(target_rate=0.2, warmup_iters=400)
     assert LshState.initial(options).num_coordinates == max_coordinates(options)
