@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def test_counters_add_up_by_wire():
     stats.add_load("combine_bwd", 10, 20, 30)
     totals = stats.totals()
     row = dict(zip(Column, totals[WIRES.index("combine_bwd")].tolist(), strict=True))
-    assert row == {
+    assert {column: count for column, count in row.items() if count} == {
         Column.RAW: 150,
         Column.WIRE: 30,
         Column.SIGNAL: 50,
@@ -42,7 +43,55 @@ def test_evaluation_is_not_counted():
     stats = CommStats()
     stats.counting = False
     stats.add_bytes("dispatch_fwd", 100, 20)
+    stats.add_clusters(100, 20)
     assert not stats.totals().any()
+
+
+def test_clusters_are_counted_with_the_first_wire():
+    stats = CommStats()
+    stats.flops_per_row = 10
+    stats.add_clusters(100, 20)
+    stats.add_clusters(50, 50)
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    stats.add_residual(x, x)
+    stats.add_residual(x.bfloat16(), torch.tensor([[3.0, 2.0], [0.0, 0.0]]))
+    totals = stats.totals()
+    row = dict(zip(Column, totals[WIRES.index("dispatch_fwd")].tolist(), strict=True))
+    assert {column: count for column, count in row.items() if count} == {
+        Column.CLUSTERED_ROWS: 150,
+        Column.CENTROIDS: 70,
+        Column.CLUSTERED_SQUARE: 52,
+        Column.RESIDUAL_SQUARE: 5,
+        Column.FLOPS_SAVED: 800,
+    }
+    assert totals.sum() == sum(row.values())
+
+
+def test_summary_of_clusters():
+    totals = torch.zeros(3, len(WIRES), len(Column), dtype=torch.float64)
+    totals[0, 0, Column.CLUSTERED_ROWS :] = torch.tensor([100.0, 20, 16, 4, 1e9])
+    totals[1, 0, Column.CLUSTERED_ROWS :] = torch.tensor([300.0, 60, 0, 0, 0])
+    report = summarize(totals, [1, 2, 3], CompressionConfig(moe_a2a_compress="lsh"))
+    overall = {
+        "rows": 400,
+        "centroids": 80,
+        "rate": 0.2,
+        "residual_norm": 0.5,
+        "expert_flops_saved": 1e9,
+    }
+    assert report["lsh"] == overall
+    layers = [layer["lsh"] for layer in report["layers"]]
+    assert layers[0] == overall | {"rows": 100, "centroids": 20}
+    assert layers[1] == {
+        "rows": 300,
+        "centroids": 60,
+        "rate": 0.2,
+        "residual_norm": None,
+        "expert_flops_saved": 0,
+    }
+    assert (layers[2]["rows"], layers[2]["rate"], layers[2]["residual_norm"]) == (0, None, None)
+    assert json.loads(json.dumps(report)) == report
+    assert summarize(totals, [1, 2, 3], BIRDMOE)["lsh"] is None
 
 
 def test_summary():

@@ -1,3 +1,4 @@
+import math
 from argparse import Namespace
 from dataclasses import fields, replace
 from typing import get_args
@@ -5,7 +6,8 @@ from typing import get_args
 import pytest
 
 from megatron_moe_comp.compression.codecs import CODECS
-from megatron_moe_comp.config import BITS_RANGE, WIRES, CompressionConfig, Method
+from megatron_moe_comp.config import BITS_RANGE, WIRES, CodecName, CompressionConfig, Method
+from megatron_moe_comp.lsh_options import LshOptions
 
 MODEL = {
     "moe_token_dispatcher_type": "alltoall",
@@ -21,7 +23,7 @@ def model(**changes):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, birdmoe, identity, rq")),
+        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, birdmoe, lsh, identity")),
         ({"moe_a2a_bits": 1}, ("--moe-a2a-bits=1", "2 to 8")),
         ({"moe_a2a_bits": 9}, ("--moe-a2a-bits=9", "2 to 8")),
         ({"moe_a2a_compress": "pwlq", "moe_a2a_bits": 2}, ("--moe-a2a-bits=2", "pwlq", "3 to 8")),
@@ -89,11 +91,27 @@ def test_none_ignores_the_options_of_other_methods():
     CompressionConfig(moe_a2a_bits=3, moe_a2a_bit_policy="optimal", moe_a2a_chunks=4)
 
 
-def test_every_method_is_a_codec_or_birdmoe():
-    assert set(get_args(Method)) == {"none", "birdmoe", *CODECS}
+def test_every_method_is_a_codec_or_has_one():
+    assert set(get_args(CodecName)) == set(CODECS)
+    assert set(get_args(Method)) == {"none", "birdmoe", "lsh", *CODECS}
     for name, codec in CODECS.items():
         assert BITS_RANGE.get(name) == codec.num_bits_range, name
-    assert BITS_RANGE["birdmoe"] == BITS_RANGE["rq"]
+    assert BITS_RANGE.keys() <= CODECS.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "codec"),
+    [
+        ({"moe_a2a_compress": "none"}, "identity"),
+        ({"moe_a2a_compress": "birdmoe"}, "rq"),
+        ({"moe_a2a_compress": "fp8"}, "fp8"),
+        ({"moe_a2a_compress": "identity"}, "identity"),
+        ({"moe_a2a_compress": "lsh"}, "identity"),
+        ({"moe_a2a_compress": "lsh", "moe_a2a_codec": "topk"}, "topk"),
+    ],
+)
+def test_what_encodes(options, codec):
+    assert CompressionConfig(**options).codec == codec
 
 
 @pytest.mark.parametrize(
@@ -156,4 +174,147 @@ def test_a_fitting_model_is_accepted():
 
 
 def test_every_field_has_a_flag_of_its_own_name():
-    assert all(f.name.startswith("moe_a2a_") for f in fields(CompressionConfig))
+    names = {f.name for f in fields(CompressionConfig)}
+    of_lsh = {f.name for f in fields(LshOptions)}
+    assert of_lsh < names
+    assert all(name.startswith("moe_lsh_") for name in of_lsh)
+    assert all(name.startswith("moe_a2a_") for name in names - of_lsh)
+
+
+def lsh(**options):
+    return CompressionConfig(moe_a2a_compress="lsh", **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"moe_lsh_hash": "minhash"}, ("--moe-lsh-hash=minhash", "fast-cross-polytope, cross")),
+        ({"moe_lsh_centroid": "median"}, ("=median", "mean, scaled, weighted")),
+        ({"moe_lsh_residual": "one"}, ("--moe-lsh-residual=one", "none, identity, fitted")),
+        ({"moe_lsh_gradient": "exact"}, ("--moe-lsh-gradient=exact", "shared, per-row")),
+        ({"moe_lsh_scope": "local"}, ("--moe-lsh-scope=local", "all, remote, inter-node")),
+        ({"moe_lsh_num_hashes": 0}, ("--moe-lsh-num-hashes=0", "Use 1 to 64")),
+        ({"moe_lsh_num_hashes": 65}, ("--moe-lsh-num-hashes=65", "Use 1 to 64")),
+        ({"moe_lsh_hash_dim": 0}, ("--moe-lsh-hash-dim=0", "Use 1 to 32768")),
+        ({"moe_lsh_hash_dim": 2**15 + 1}, ("--moe-lsh-hash-dim=32769", "Use 1 to 32768")),
+        ({"moe_lsh_target_rate": 0.0}, ("--moe-lsh-target-rate=0.0", "above 0", "Use a value")),
+        ({"moe_lsh_target_rate": -0.2}, ("--moe-lsh-target-rate=-0.2", "above 0")),
+        ({"moe_lsh_target_rate": 1.01}, ("--moe-lsh-target-rate=1.01", "up to 1")),
+        ({"moe_lsh_target_rate": math.nan}, ("--moe-lsh-target-rate=nan", "up to 1")),
+        ({"moe_lsh_warmup_iters": -1}, ("--moe-lsh-warmup-iters=-1", "negative", "Use 0")),
+        (
+            {"moe_lsh_warmup_iters": 9, "moe_lsh_num_hashes": 4},
+            ("--moe-lsh-warmup-iters=9", "fixed number", "Set --moe-lsh-target-rate"),
+        ),
+        ({"moe_lsh_scope": "inter-node"}, ("--moe-lsh-scope=inter-node", "ranks-per-node")),
+        ({"moe_a2a_dedup": True}, ("--moe-a2a-dedup", "compress=lsh", "Drop the option")),
+        ({"moe_a2a_codec": "lsh"}, ("--moe-a2a-codec=lsh", "identity, rq", "Choose")),
+        ({"moe_a2a_bits": 4}, ("--moe-a2a-bits=4", "lsh with --moe-a2a-codec=identity", "fixed")),
+        (
+            {"moe_a2a_codec": "pwlq", "moe_a2a_bits": 2},
+            ("--moe-a2a-bits=2", "--moe-a2a-codec=pwlq", "3 to 8"),
+        ),
+        ({"moe_a2a_codec": "lq", "moe_a2a_chunks": 2}, ("--moe-a2a-chunks=2", "codec=lq")),
+        ({"moe_a2a_scale_per": "chunk"}, ("--moe-a2a-scale-per=chunk", "codec=identity")),
+    ],
+)
+def test_a_bad_value_of_lsh_is_refused(changes, parts):
+    with pytest.raises(ValueError, match=r"Use |use |Choose |Set |Drop ") as caught:
+        lsh(**changes)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("given", "resolved"),
+    [
+        ({}, (6, 16, 0.2)),
+        ({"hash": "cross-polytope"}, (6, 16, 0.2)),
+        ({"hash": "random"}, (6, 16, 0.2)),
+        ({"hash": "spherical"}, (6, 5, 0.2)),
+        ({"hash": "spherical", "hash_dim": 9}, (6, 9, 0.2)),
+        ({"num_hashes": 3}, (3, 16, None)),
+        ({"num_hashes": 3, "target_rate": 0.4}, (3, 16, 0.4)),
+        ({"target_rate": 1}, (6, 16, 1)),
+        ({"warmup_iters": 5}, (6, 16, 0.2)),
+    ],
+)
+def test_what_lsh_is_not_given_follows(given, resolved):
+    config = lsh(**{f"moe_lsh_{name}": value for name, value in given.items()})
+    found = (config.moe_lsh_num_hashes, config.moe_lsh_hash_dim, config.moe_lsh_target_rate)
+    assert found == resolved
+    assert replace(config) == config
+
+
+def test_codecs_of_lsh_resolve_their_bits():
+    config = lsh(moe_a2a_codec="rq")
+    assert (config.moe_a2a_bits, config.moe_a2a_bit_policy) == (6, "uniform")
+    config = lsh(moe_a2a_codec="rq", moe_a2a_bit_policy="optimal", moe_a2a_bits=4)
+    assert (config.moe_a2a_min_bits, config.moe_a2a_max_bits) == (2, 8)
+    assert (lsh().moe_a2a_bits, lsh().moe_a2a_bit_policy) == (None, "uniform")
+
+
+OTHER_VALUES = {
+    "moe_lsh_hash": "spherical",
+    "moe_lsh_num_hashes": 3,
+    "moe_lsh_hash_dim": 8,
+    "moe_lsh_target_rate": 0.5,
+    "moe_lsh_warmup_iters": 10,
+    "moe_lsh_refine": True,
+    "moe_lsh_center": True,
+    "moe_lsh_redraw": True,
+    "moe_lsh_centroid": "scaled",
+    "moe_lsh_residual": "fitted",
+    "moe_lsh_gradient": "per-row",
+    "moe_lsh_scope": "remote",
+    "moe_lsh_eval": True,
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(LshOptions)])
+def test_options_of_lsh_are_refused_with_other_methods(name):
+    option = {name: OTHER_VALUES[name]}
+    flag = "--" + name.replace("_", "-")
+    for method in ("birdmoe", "fp8"):
+        remedy = f"{flag}.*--moe-a2a-compress={method} .* use --moe-a2a-compress=lsh"
+        with pytest.raises(ValueError, match=remedy):
+            CompressionConfig(moe_a2a_compress=method, **option)
+    assert getattr(CompressionConfig(moe_a2a_compress="none", **option), name) == option[name]
+    assert getattr(lsh(**{"moe_lsh_target_rate": 0.5} | option), name) == option[name]
+
+
+@pytest.mark.parametrize("method", ["birdmoe", "rq", "identity"])
+def test_only_lsh_chooses_its_codec(method):
+    with pytest.raises(ValueError, match=r"--moe-a2a-codec=fp8: .* use --moe-a2a-compress=lsh"):
+        CompressionConfig(moe_a2a_compress=method, moe_a2a_codec="fp8")
+    CompressionConfig(moe_a2a_compress="none", moe_a2a_codec="fp8")
+
+
+@pytest.mark.parametrize("scope", ["moe_a2a_scope", "moe_lsh_scope"])
+def test_either_scope_needs_to_know_the_nodes(scope):
+    config = lsh(**{scope: "inter-node"}, moe_a2a_ranks_per_node=2)
+    assert config.inter_node_option == f"--{scope.replace('_', '-')}=inter-node"
+    assert lsh().inter_node_option is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"moe_pad_expert_input_to_capacity": True}, ("--moe-pad-expert-input", "Drop")),
+        ({"moe_router_padding_for_quantization": True}, ("padding-for-quantization", "Drop")),
+        ({"moe_apply_probs_on_input": True}, ("--moe-apply-probs-on-input", "Drop")),
+        ({"moe_token_dispatcher_type": "flex"}, ("--moe-token-dispatcher-type=flex", "Use ")),
+        ({"hidden_size": 8}, ("--moe-lsh-hash-dim=16", "--hidden-size=8", "Use 1 to 8")),
+        ({"moe_latent_size": 8}, ("--moe-lsh-hash-dim=16", "--moe-latent-size=8", "Use 1 to 8")),
+    ],
+)
+def test_what_lsh_cannot_work_with_is_refused(changes, parts):
+    with pytest.raises(ValueError, match=r"Drop|Use") as caught:
+        lsh().check_model(model(**changes))
+    assert all(part in str(caught.value) for part in parts)
+    lsh(moe_lsh_hash_dim=8).check_model(model(hidden_size=8))
+
+
+def test_others_work_with_what_lsh_does_not():
+    options = model(moe_apply_probs_on_input=True, moe_router_padding_for_quantization=True)
+    CompressionConfig(moe_a2a_compress="rq").check_model(options)
+    lsh().check_model(model(moe_router_padding_for_quantization=None))

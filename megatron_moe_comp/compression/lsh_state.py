@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from megatron_moe_comp.lsh_options import LshOptions
 
-GAIN = 0.25
-"""Hash functions added for a rate of zero, and taken away for twice the target. Stable where one
-multiplies the rate by up to 32, as it does for unrelated rows."""
+GAIN = 0.2
+"""Hash functions added for a rate of zero and a small target, or taken away for twice the target.
+Stable where one multiplies the rate by 32, as it does for unrelated rows."""
 MOST_HASHES = 16
 """Hash functions that adapting goes up to; their keys make nearly every row a cluster."""
 MEMORY = 0.9
@@ -48,6 +48,15 @@ class LshState:
             return cls(float(max_coordinates(options)))
         return cls(float(options.moe_lsh_num_hashes * options.moe_lsh_hash_dim))
 
+    @classmethod
+    def resumed(cls, saved: dict[str, float], options: LshOptions) -> "LshState":
+        """Returns the state of a checkpoint, within what the options of this run allow."""
+        state = cls(**saved)
+        most = float(max_coordinates(options))
+        is_fixed = options.moe_lsh_target_rate is None
+        state.coordinates = most if is_fixed else min(state.coordinates, most)
+        return state
+
     @property
     def num_coordinates(self) -> int:
         """How many rotated coordinates are hashed."""
@@ -73,16 +82,17 @@ class LshState:
             self.residual_square = MEMORY * self.residual_square + seen.residual_square
         if options.moe_lsh_target_rate is None or not seen.rows:
             return
-        # Proportional to the rate, not its logarithm: where no number of coordinates gives the
-        # target, the rate goes up and down, and it is then its mean that is held.
-        rate = seen.centroids / seen.rows
-        hashes = GAIN * (1.0 - rate / target_rate(options, iteration + 1))
-        step = options.moe_lsh_hash_dim * max(hashes, -1.0)
+        # Linear in the rate: where it jumps over the target and so goes up and down, it is its mean
+        # that is held. The divisor is how fast rates between 0 and 1 change, least near both.
+        target = target_rate(options, iteration + 1)
+        excess = seen.centroids / seen.rows - target
+        hashes = -GAIN * excess / max(target * (1.0 - target), 1e-9)
+        step = options.moe_lsh_hash_dim * min(max(hashes, -1.0), 1.0)
         most = float(max_coordinates(options))
         self.coordinates = min(max(self.coordinates + step, 1.0), most)
 
     def state_dict(self) -> dict[str, float]:
-        """Returns what a checkpoint holds; `LshState(**it)` is the same state."""
+        """Returns what a checkpoint holds, for `resumed`."""
         return asdict(self)
 
 

@@ -61,7 +61,7 @@ class LshAdaptation:
         """Returns `models`, whose layers from now on have the states kept here."""
         loaded = self._load()
         if loaded is not None:
-            self._states = [LshState(**state) for state in loaded]
+            self._states = [LshState.resumed(state, self._compression) for state in loaded]
         for layer in (module for model in models for module in model.modules()):
             dispatcher = getattr(layer, "token_dispatcher", None)
             if isinstance(dispatcher, LshAlltoAllTokenDispatcher):

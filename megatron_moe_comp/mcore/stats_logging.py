@@ -112,20 +112,19 @@ class StatsLogger:
         )
         # An interval without a sample repeats the last measurement.
         self._sqnr_db |= {w: r["sqnr_db"] for w, r in report["wires"].items() if r["sqnr_db"]}
+        lsh = report["lsh"]
         sqnr = "".join(f" {wire} {value:.1f}" for wire, value in self._sqnr_db.items())
         print_rank_0(
             f" all-to-all {describe(self._compression)} | iteration {iteration:8d} | "
             f"MB per iteration: {sent / MEGABYTE:.3f} of {raw / MEGABYTE:.3f} as float32 "
             f"({report['ratio_fp32']:.2f}x) |"
-            + (f" LSH rate {report['lsh']['rate']:.3f} |" if report["lsh"] else "")
+            + (f" LSH rate {lsh['rate']:.3f} |" if lsh and lsh["rows"] else "")
             + (f" SQNR (dB):{sqnr} |" if sqnr else "")
         )
         scalars = {"wire-MB": sent / MEGABYTE, "ratio-fp32": report["ratio_fp32"]}
         scalars |= {f"sqnr-db-{wire}": value for wire, value in self._sqnr_db.items()}
-        if report["lsh"]:
-            scalars |= {
-                f"lsh-{name.replace('_', '-')}": v for name, v in report["lsh"].items() if v
-            }
+        if lsh:
+            scalars |= {f"lsh-{name.replace('_', '-')}": v for name, v in lsh.items() if v}
         if report["mean_bits"] is not None:
             scalars["mean-bits"] = report["mean_bits"]
         if report["most_loaded_rank"] is not None:
@@ -213,9 +212,9 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
             f"Most loaded rank, per layer and micro-batch: {raw:.1f} kB as float32, {uniform:.1f} "
             f"kB with the same bits for all, {sent:.1f} kB as sent."
         )
-    if report["lsh"]:
-        lsh = report["lsh"]
-        residual = lsh["residual_norm"]
+    lsh = report["lsh"]
+    if lsh and lsh["rows"]:
+        residual = lsh["residual_norm"]  # None if no iteration was sampled
         print(
             f"Clustering: {lsh['centroids']} centroids for {lsh['rows']} rows, rate "
             f"{lsh['rate']:.3f}; {lsh['expert_flops_saved']:.3g} expert FLOPs saved"

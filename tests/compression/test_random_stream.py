@@ -1,11 +1,16 @@
+from dataclasses import replace
 from itertools import product
+
+import torch
 
 from megatron_moe_comp.compression.random_stream import (
     ForwardPass,
     ForwardPassCounter,
     TrainingStep,
+    random_words,
 )
 from megatron_moe_comp.config import WIRES
+from megatron_moe_comp.ops.philox import random_halves
 
 STEP = TrainingStep(iteration=7, num_microbatches=3)
 
@@ -65,3 +70,52 @@ def test_a_new_iteration_forgets_what_was_never_recomputed():
     counter = ForwardPassCounter()
     indices(counter, STEP, 2, training=True, with_grad=False)
     assert indices(counter, TrainingStep(8, 3), 2, training=True, with_grad=True) == [0, 1]
+
+
+def test_only_what_passes_again_is_recomputed():
+    counter = ForwardPassCounter()
+
+    def recomputed(count, **kwargs):
+        return [counter.next(STEP, **kwargs).recomputed for _ in range(count)]
+
+    assert recomputed(2, training=True, with_grad=False) == [False, False]
+    assert recomputed(1, training=False, with_grad=False) == [False]
+    assert recomputed(2, training=True, with_grad=True) == [True, True]
+    assert recomputed(1, training=True, with_grad=True) == [False]
+    assert recomputed(1, training=False, with_grad=True) == [False]
+
+
+def test_recomputation_repeats_the_stream():
+    first = ForwardPass(7, 1, True)
+    place = {"seed": 1, "rank": 2, "layer": 3, "wire": "dispatch_fwd"}
+    assert replace(first, recomputed=True).stream(**place) == first.stream(**place)
+
+
+def test_random_words():
+    place = {"seed": 1, "rank": 2, "layer": 3, "wire": "dispatch_fwd"}
+    stream = ForwardPass(7, 1, True).stream(**place)
+    cpu = torch.device("cpu")
+    words = random_words(stream, 10_000, cpu)
+    assert words.dtype == torch.int64
+    assert torch.equal(words[:10], random_words(stream, 10, cpu))
+    assert len(random_words(stream, 0, cpu)) == 0
+    assert words.min() >= 0
+    assert words.max() < 2**32
+    mean = words.double().mean() / 2**32
+    assert (mean - 0.5).abs() < 0.02
+    assert len(words.unique()) > 9_990
+    for other in (
+        ForwardPass(8, 1, True).stream(**place),
+        ForwardPass(7, 2, True).stream(**place),
+        ForwardPass(7, 1, True).stream(**place | {"rank": 0}),
+    ):
+        assert (random_words(other, 10_000, cpu) == words).sum() < 10
+
+
+def test_no_message_has_the_same_random_words():
+    stream = ForwardPass(7, 1, True).stream(seed=1, rank=2, layer=3, wire="dispatch_fwd")
+    words = random_words(stream, 64, torch.device("cpu"))
+    place = {"key": stream.key, "offset": stream.offset, "stream": stream.stream}
+    halves = random_halves(torch.arange(64), 64, **place).long().unflatten(2, (4, 2))
+    of_message = halves[..., 0] | halves[..., 1] << 16
+    assert not torch.isin(words, of_message).any()

@@ -93,7 +93,7 @@ def test_every_field_has_one_flag_with_help():
     for name, action in actions.items():
         assert action.option_strings == ["--" + name.replace("_", "-")]
         assert len(action.help) > 30
-    assert "{none,birdmoe,identity,rq," in parser.format_help()
+    assert "{none,birdmoe,lsh,identity,rq," in parser.format_help()
 
 
 def test_ranks_per_node_come_from_the_launcher(monkeypatch):

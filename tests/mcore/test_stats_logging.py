@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
@@ -31,7 +32,9 @@ def logger(monkeypatch, tmp_path):
     monkeypatch.setattr(stats_logging, "get_tensorboard_writer", lambda: writer)
     monkeypatch.setattr(stats_logging, "get_wandb_writer", lambda: None)
     config = CompressionConfig(
-        moe_a2a_compress="birdmoe", moe_a2a_stats_json=str(tmp_path / "new/a2a.json")
+        moe_a2a_compress="birdmoe",
+        moe_a2a_dedup=True,
+        moe_a2a_stats_json=str(tmp_path / "new/a2a.json"),
     )
     now = [0]
     logger = StatsLogger(config, lambda: TrainingStep(now[0], 1), log_interval=2)
@@ -58,6 +61,37 @@ def train(logger, iterations, raw=4000, sent=1000):
             layer.stats.add_rows("dispatch_fwd", 10, 8, [(8, 5)])
             layer.stats.add_load("dispatch_fwd", 3000, 900, 500)
         logger.end_step([])
+
+
+@pytest.fixture
+def lsh_logger(logger):
+    logger.it._compression = CompressionConfig(moe_a2a_compress="lsh")
+    return logger
+
+
+def test_clusters_are_logged(lsh_logger, capsys):
+    for layer in lsh_logger.it._layers:
+        layer.stats.add_clusters(100, 25)
+        layer.stats.add_residual(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+    train(lsh_logger, range(2))
+    lsh_logger.it.finish()
+    printed = capsys.readouterr().out
+    assert "(4.00x) | LSH rate 0.250 |" in printed
+    assert ("moe-a2a/lsh-rate", 0.25, 2) in lsh_logger.written
+    assert "50 centroids for 200 rows, rate 0.250" in printed
+    assert "residual 0.50 of a row's norm." in printed
+    assert "fewer rows sent" not in printed
+
+
+@pytest.mark.parametrize("rows", [0, 100])
+def test_what_was_not_measured_of_clusters_is_not_logged(lsh_logger, capsys, rows):
+    for layer in lsh_logger.it._layers:
+        layer.stats.add_clusters(rows, rows // 4)
+    train(lsh_logger, range(2))
+    lsh_logger.it.finish()
+    printed = capsys.readouterr().out
+    assert ("LSH rate" in printed) == ("Clustering: " in printed) == (rows > 0)
+    assert "residual" not in printed
 
 
 def test_a_line_per_interval_with_figures_per_iteration(logger, capsys):
