@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 HashFamily = Literal["fast-cross-polytope", "cross-polytope", "spherical", "random"]
-Centroid = Literal["mean", "scaled", "weighted", "first"]
+Centroid = Literal["mean", "weighted"]
 Residual = Literal["none", "identity", "fitted"]
 LshGradient = Literal["shared", "per-row"]
 LshScope = Literal["all", "remote", "inter-node"]
@@ -47,13 +47,9 @@ class LshOptions:
     moe_lsh_center: bool = False
     """Subtract the mean of an expert's rows before they are hashed."""
 
-    moe_lsh_redraw: bool = False
-    """Draw new hash functions in each iteration, so that which rows share a cluster changes."""
-
     moe_lsh_centroid: Centroid = "mean"
-    """What is sent for a cluster. mean: its rows' mean. scaled: that, with the mean norm of the
-    rows. weighted: their mean weighted with their router probabilities. first: its first row, which no
-    later position of a sequence changes."""
+    """What is sent for a cluster. mean: its rows' mean. weighted: their mean weighted with their
+    router probabilities."""
 
     moe_lsh_residual: Residual = "none"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.

@@ -29,8 +29,6 @@ class LshHash(ABC):
         self, hidden_size: int, max_coordinates: int, hash_dim: int, *, seed: int, layer: int
     ) -> None:
         self._hash_dim = hash_dim
-        self._seed = seed
-        self._layer = layer
         self._rotation = self._make_rotation(hidden_size, max_coordinates, seed, layer)
 
     @staticmethod
@@ -45,28 +43,11 @@ class LshHash(ABC):
         self, rows: torch.Tensor, rotation: torch.Tensor, num_coordinates: int
     ) -> torch.Tensor: ...
 
-    @staticmethod
-    @abstractmethod
-    def _flipped(rotation: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        """Returns the rotation of rows whose columns have first been multiplied by signs [H]."""
-
-    def keys(
-        self, rows: torch.Tensor, num_coordinates: int, draw: int | None = None
-    ) -> torch.Tensor:
-        """Returns the keys of rows by their first rotated coordinates, int64 [N].
-
-        Args:
-            rows: [N, H].
-            num_coordinates: how many coordinates are hashed.
-            draw: below 2^32 - 1, which of many rotations; None: the one of every iteration.
-        """
+    def keys(self, rows: torch.Tensor, num_coordinates: int) -> torch.Tensor:
+        """Returns the keys of rows [N, H] by their first rotated coordinates, int64 [N]."""
         if self._rotation.device != rows.device:
             self._rotation = self._rotation.to(rows.device)
-        rotation = self._rotation
-        if draw is not None:
-            bits = _random_halves(1, rows.shape[1], self._seed, self._layer, draw)[0] & 1
-            rotation = self._flipped(rotation, (1.0 - 2.0 * bits).to(rows.device))
-        return self._hash(rows, rotation, num_coordinates)
+        return self._hash(rows, self._rotation, num_coordinates)
 
 
 class FastCrossPolytope(LshHash):
@@ -81,12 +62,6 @@ class FastCrossPolytope(LshHash):
         bits = _random_halves(3 * num_rotations, size, seed, layer) & 1
         return 1.0 - 2.0 * bits.view(num_rotations, 3, size)
 
-    @staticmethod
-    def _flipped(rotation: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        flipped = rotation.clone()
-        flipped[:, 0, : len(signs)] *= signs
-        return flipped
-
     def _hash(
         self, rows: torch.Tensor, rotation: torch.Tensor, num_coordinates: int
     ) -> torch.Tensor:
@@ -96,8 +71,8 @@ class FastCrossPolytope(LshHash):
 class CrossPolytope(LshHash):
     """Cross-polytope hashing of a dense random projection, O(H L) per row.
 
-    The directions are normal to four moments' worth: sums of eight uniform numbers, which integer
-    arithmetic makes the same on every machine.
+    The directions are nearly normal: sums of eight uniform numbers, which integer arithmetic makes
+    the same on every machine.
     """
 
     @staticmethod
@@ -106,10 +81,6 @@ class CrossPolytope(LshHash):
     ) -> torch.Tensor:
         halves = _random_halves(hidden_size, 8 * max_coordinates, seed, layer)
         return halves.view(hidden_size, max_coordinates, 8).sum(2).float() - 4.0 * 65535
-
-    @staticmethod
-    def _flipped(rotation: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        return rotation * signs[:, None]
 
     def _hash(
         self, rows: torch.Tensor, rotation: torch.Tensor, num_coordinates: int
@@ -134,12 +105,14 @@ HASHES: dict[HashFamily, type[LshHash]] = {
 }
 
 
-def _random_halves(
-    num_rows: int, num_columns: int, seed: int, layer: int, draw: int = 2**32 - 1
-) -> torch.Tensor:
+def _random_halves(num_rows: int, num_columns: int, seed: int, layer: int) -> torch.Tensor:
     """Returns integers below 2^16, [num_rows, num_columns]."""
     # A message's stream is that of a layer from 1 on, so none shares a number with stream 0.
     halves = random_halves(
-        torch.arange(num_rows), -(-num_columns // 8), key=layer << 32 | seed, offset=draw, stream=0
+        torch.arange(num_rows),
+        -(-num_columns // 8),
+        key=layer << 32 | seed,
+        offset=2**32 - 1,
+        stream=0,
     )
     return halves.flatten(1)[:, :num_columns]

@@ -109,17 +109,10 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self, clusters: Clusters, rows: torch.Tensor, probs: torch.Tensor
     ) -> torch.Tensor:
         """Returns what stands for each cluster of rows [N, H], [C, H]; differentiable."""
-        kind = self._compression.moe_lsh_centroid
-        if kind == "weighted":
+        if self._compression.moe_lsh_centroid == "weighted":
             weights = probs[:, None].to(rows.dtype)
             return clusters.mean(rows * weights) / clusters.mean(weights)
-        if kind == "first":
-            return rows.index_select(0, clusters.order[clusters.offsets[:-1]])
-        means = clusters.mean(rows)
-        if kind == "scaled":
-            norms = clusters.mean(rows.norm(dim=1, keepdim=True))
-            return means * (norms / means.norm(dim=1, keepdim=True).clamp(min=1e-6))
-        return means
+        return clusters.mean(rows)
 
     def _gather_cluster_counts(
         self, clusters: Clusters, num_per_expert: torch.Tensor
@@ -145,8 +138,7 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
                 layer=self._layer_number,
             )
         hashed = centered(rows, groups) if config.moe_lsh_center else rows
-        draw = forward_pass.iteration if config.moe_lsh_redraw else None
-        keys = self._hash.keys(hashed, self.state.num_coordinates, draw)
+        keys = self._hash.keys(hashed, self.state.num_coordinates)
         if config.moe_lsh_hash == "random":
             stream = self._stream("dispatch_fwd", forward_pass)
             keys = shuffled(keys, groups, random_words(stream, len(rows), rows.device))

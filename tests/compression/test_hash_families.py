@@ -44,20 +44,6 @@ def test_keys_follow_from_seed_and_layer(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_draw_is_another_rotation(family):
-    rows = normal_rows(64)
-    lsh_hash = make_hash(family)
-    coordinates = 3 * HASH_DIM.get(family, 8)
-    draws = [lsh_hash.keys(rows, coordinates, draw) for draw in (None, 0, 1, 2**32 - 2)]
-    for number, found in enumerate(draws):
-        for other in draws[:number]:
-            assert (found == other).float().mean() < 0.1
-    assert torch.equal(lsh_hash.keys(rows, coordinates, 1), draws[2])
-    assert torch.equal(lsh_hash.keys(rows, coordinates), draws[0])
-    assert torch.equal(lsh_hash.keys(rows.repeat(2, 1), coordinates, 1), draws[2].repeat(2))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_near_rows_share_a_key_and_others_do_not(family):
     rows, noise = normal_rows(1000), normal_rows(1000, seed=1)
     near = rows + 0.05 * noise * (rows.norm(dim=1) / noise.norm(dim=1))[:, None]
