@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 HashFamily = Literal["fast-cross-polytope", "cross-polytope", "spherical", "random"]
-Centroid = Literal["mean", "weighted"]
 Residual = Literal["none", "identity", "fitted"]
 LshGradient = Literal["shared", "per-row"]
 LshScope = Literal["all", "remote", "inter-node"]
@@ -47,10 +46,6 @@ class LshOptions:
     moe_lsh_center: bool = False
     """Subtract the mean of an expert's rows before they are hashed."""
 
-    moe_lsh_centroid: Centroid = "mean"
-    """What is sent for a cluster. mean: its rows' mean. weighted: their mean weighted with their
-    router probabilities."""
-
     moe_lsh_residual: Residual = "none"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
     identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
@@ -73,7 +68,6 @@ class LshOptions:
         """Raises ValueError for an unusable value, or one that `method` has no use for."""
         for name, kind in (
             ("moe_lsh_hash", HashFamily),
-            ("moe_lsh_centroid", Centroid),
             ("moe_lsh_residual", Residual),
             ("moe_lsh_gradient", LshGradient),
             ("moe_lsh_scope", LshScope),

@@ -189,7 +189,6 @@ def lsh(**options):
     ("changes", "parts"),
     [
         ({"moe_lsh_hash": "minhash"}, ("--moe-lsh-hash=minhash", "fast-cross-polytope, cross")),
-        ({"moe_lsh_centroid": "median"}, ("=median", "mean, weighted")),
         ({"moe_lsh_residual": "one"}, ("--moe-lsh-residual=one", "none, identity, fitted")),
         ({"moe_lsh_gradient": "exact"}, ("--moe-lsh-gradient=exact", "shared, per-row")),
         ({"moe_lsh_scope": "local"}, ("--moe-lsh-scope=local", "all, remote, inter-node")),
@@ -261,7 +260,6 @@ OTHER_VALUES = {
     "moe_lsh_warmup_iters": 10,
     "moe_lsh_refine": True,
     "moe_lsh_center": True,
-    "moe_lsh_centroid": "weighted",
     "moe_lsh_residual": "fitted",
     "moe_lsh_gradient": "per-row",
     "moe_lsh_scope": "remote",

@@ -40,7 +40,7 @@ LEVELS = {
 FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_replacements")
 """Used by the entry scripts and tests alone; they import nothing of ours but each other."""
 
-ARGUMENTS_IMPORT_ONLY = ("config", "compression.random_stream")
+ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "compression.random_stream")
 
 
 def name_of(path):

@@ -20,6 +20,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.lsh_options import LshOptions
 
 LSH_STATE = "moe_lsh_state"
 
@@ -38,7 +39,10 @@ class _FlagFactory(ArgumentGroupFactory):
 
 def add_compression_args(parser: ArgumentParser) -> ArgumentParser:
     """Returns `parser` with one flag per CompressionConfig field (an `extra_args_provider`)."""
-    _FlagFactory(CompressionConfig).build_group(parser, title="compressed expert all-to-all")
+    of_lsh = [field.name for field in fields(LshOptions)]
+    factory = _FlagFactory(CompressionConfig, exclude=of_lsh)
+    factory.build_group(parser, title="compressed expert all-to-all")
+    _FlagFactory(LshOptions).build_group(parser, title="clustering by locality-sensitive hashing")
     return parser
 
 

@@ -99,20 +99,10 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self._gather_cluster_counts(clusters, num_per_expert)
         )
-        centroids = self._centroids(clusters, rows, row_probs)
-        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids, probes)
+        self._at_home = ClusteredRows(rows, row_probs, clusters, clusters.mean(rows), probes)
         self._count_clusters(groups)
         to_send = self._to_send(self._at_home)
         return to_send, row_probs.new_ones(len(to_send))
-
-    def _centroids(
-        self, clusters: Clusters, rows: torch.Tensor, probs: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns what stands for each cluster of rows [N, H], [C, H]; differentiable."""
-        if self._compression.moe_lsh_centroid == "weighted":
-            weights = probs[:, None].to(rows.dtype)
-            return clusters.mean(rows * weights) / clusters.mean(weights)
-        return clusters.mean(rows)
 
     def _gather_cluster_counts(
         self, clusters: Clusters, num_per_expert: torch.Tensor
