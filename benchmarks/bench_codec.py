@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from option_lists import names, numbers
 from rich.console import Console
 from rich.table import Table
 
@@ -84,22 +85,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in choices:
-                    raise argparse.ArgumentTypeError(
-                        f"{name}: not one of {', '.join(choices)}. Choose one of these."
-                    )
-            return text.split(",")
-
-        return split
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
     every_codec = [name for name in CODECS if name != "identity"]
-    parser.add_argument("--codecs", type=names(list(CODECS)), default=every_codec)
+    parser.add_argument("--codecs", type=names(CODECS), default=every_codec)
     parser.add_argument("--bits", type=numbers, default=[4], help="of codecs of variable width")
     parser.add_argument(
         "--dtypes", type=names(["float32", "bfloat16", "float16"]), default=["float32"]

@@ -16,7 +16,7 @@ synchronization after each stage. Communication is not measured.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -33,7 +33,9 @@ from lsh_layer import (
     run_case,
     run_experts,
 )
+from option_lists import names, numbers
 
+from megatron_moe_comp import ops
 from megatron_moe_comp.compression.hash_families import HASHES
 from megatron_moe_comp.compression.lsh_state import max_coordinates
 from megatron_moe_comp.config import CompressionConfig
@@ -82,7 +84,7 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for, prints a table and writes the JSON file."""
     options = parse_options(arguments)
-    missing = [name for name in OPS if not has_kernel(name, options.device)]
+    missing = [name for name in OPS if not ops.is_compiled(options.device, name)]
     if missing and "compiled" in options.impl:
         sys.exit(
             f"--impl=compiled: {', '.join(missing)}: no kernel for {options.device} is built, so "
@@ -101,40 +103,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path(options.json).write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
 
 
-def has_kernel(name: str, device: str) -> bool:
-    """Returns whether an op has a compiled kernel for a type of device."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(f"megatron_moe_comp::{name}", device.upper())
-
-
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options, lists already split; exits with a message on a bad one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def names(choices: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in choices:
-                    raise argparse.ArgumentTypeError(
-                        f"{name}: not one of {', '.join(choices)}. Choose one of these."
-                    )
-            return text.split(",")
-
-        return split
-
     def add_names(flag: str, choices: Sequence[str], default: Sequence[str]) -> None:
-        parser.add_argument(flag, type=names(list(choices)), default=list(default))
+        parser.add_argument(flag, type=names(choices), default=list(default))
 
     add_names("--families", HASHES, HASHES)
     add_names("--variants", VARIANTS, VARIANTS)
     add_names("--dtypes", ("float32", "bfloat16"), ("float32", "bfloat16"))
     add_names("--impl", IMPLEMENTATIONS, ["compiled"])
     add_names("--experts", FFN_FACTORS, ["gelu"])
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[2048, 8192]
-    )
+    parser.add_argument("--tokens", type=numbers, default=[2048, 8192])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rate", type=float, default=0.2, help="centroids per row to aim at")
     parser.add_argument("--rounds", type=int, default=9)

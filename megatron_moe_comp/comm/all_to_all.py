@@ -5,7 +5,7 @@ received, H columns.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +19,6 @@ from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import Wire
 
 _IDENTITY = Identity()
-
-Resize = Callable[..., torch.Tensor]
-"""Makes other rows of some rows."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class _CompressedAllToAll(torch.autograd.Function):
     def forward(ctx, rows, probs, masks, route, messages, stats):  # noqa: ANN001, ANN205
         ctx.route, ctx.message, ctx.stats = route, messages[1], stats
         ctx.has_probs = probs is not None
-        arrived = _send(rows, probs, masks, route, messages[0], stats)
+        arrived = send(rows, probs, masks, route, messages[0], stats)
         if masks is not None:
             ctx.mark_non_differentiable(arrived[2])
         return arrived
@@ -151,54 +148,11 @@ class _CompressedAllToAll(torch.autograd.Function):
     def backward(ctx, grad_rows, grad_probs, _):  # noqa: ANN001, ANN205
         back = ctx.route.reversed()
         probs = grad_probs if ctx.has_probs else None
-        grads = _send(grad_rows, probs, None, back, ctx.message, ctx.stats)
+        grads = send(grad_rows, probs, None, back, ctx.message, ctx.stats)
         return grads[0], grads[1], None, None, None, None
 
 
-def per_row_all_to_all(
-    rows: torch.Tensor,
-    resize: tuple[Resize, Resize],
-    masks: torch.Tensor | None,
-    routes: tuple[Route, Route],
-    messages: tuple[Message, Message],
-    stats: CommStats,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns rows [M, H] of which fewer crossed the wire, and the masks that came with them.
-
-    The gradient of each of the M rows takes the way back on its own, and is what the N rows get: it
-    is not the derivative of the forward, whose rows shared others' way.
-
-    Args:
-        rows: [N, H].
-        resize: the rows to send, from `rows`; and the M rows, from those that arrived and the masks
-            with them.
-        masks: uint8 [rows to send, bytes], or None.
-        routes: of the rows to send; and of all N, in the same direction.
-        messages: encoding of the forward and of the backward wire.
-        stats: counts both.
-    """
-    return _PerRowAllToAll.apply(rows, resize, masks, routes, messages, stats)
-
-
-class _PerRowAllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, resize, masks, routes, messages, stats):  # noqa: ANN001, ANN205
-        ctx.route, ctx.message, ctx.stats = routes[1], messages[1], stats
-        fewer, all_again = resize
-        sent = _send(fewer(rows), None, masks, routes[0], messages[0], stats)
-        arrived, _, masks = sent
-        if masks is not None:
-            ctx.mark_non_differentiable(masks)
-        return all_again(arrived, masks), masks
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_rows, _):  # noqa: ANN001, ANN205
-        grads = _send(grad_rows, None, None, ctx.route.reversed(), ctx.message, ctx.stats)
-        return grads[0], None, None, None, None, None
-
-
-def _send(
+def send(
     rows: torch.Tensor,
     probs: torch.Tensor | None,
     masks: torch.Tensor | None,
@@ -206,9 +160,10 @@ def _send(
     message: Message,
     stats: CommStats,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Encodes, exchanges and decodes what leaves the rank; keeps what stays.
+    """Returns what `compressed_all_to_all` does, through one message and without a gradient.
 
-    With several pieces, the next is encoded and the previous decoded while one is under way.
+    Encodes, exchanges and decodes what leaves the rank; keeps what stays. With several pieces, the
+    next is encoded and the previous decoded while one is under way.
     """
     beside = [
         _Beside(values, sent, received, route.rank)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_comp.comm.all_to_all import Route, per_row_all_to_all
+from megatron_moe_comp.comm.all_to_all import Route
+from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
 from megatron_moe_comp.compression.lsh_clustering import Clusters
 from megatron_moe_comp.config import Wire
 from megatron_moe_comp.mcore.lsh_token_dispatcher import ClusteredRows, LshAlltoAllTokenDispatcher
@@ -92,7 +93,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
     def _exchange_per_row(
         self,
         rows: torch.Tensor,
-        resize: tuple[Any, Any],
+        resize: tuple[Resize, Resize],
         sizes: torch.Tensor | None,
         route: Route,
         wires: tuple[Wire, Wire],

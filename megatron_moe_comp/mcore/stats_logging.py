@@ -148,13 +148,16 @@ class StatsLogger:
 
 
 def _kernels(compression: CompressionConfig) -> str:
-    """Returns what encodes and decodes on this machine."""
+    """Returns what clusters, encodes and decodes on this machine."""
     if not compression.enabled:
         return "none"
-    if compression.codec != "rq":
+    used = ["hadamard_hash", "cluster_sum"] if compression.moe_a2a_compress == "lsh" else []
+    used += ["quantize_pack"] if compression.codec == "rq" else []
+    if not used:
         return "PyTorch"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return "compiled" if ops.is_compiled(device) else "reference (PyTorch)"
+    compiled = all(ops.is_compiled(device, op) for op in used)
+    return "compiled" if compiled else "reference (PyTorch)"
 
 
 def describe(compression: CompressionConfig) -> str:

@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 
-def is_compiled(device_type: str) -> bool:
-    """Returns whether a compiled kernel serves this device ("cpu" or "cuda")."""
+def is_compiled(device_type: str, op: str = "quantize_pack") -> bool:
+    """Returns whether a compiled kernel of an op serves this device ("cpu" or "cuda")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(
-        "megatron_moe_comp::quantize_pack", device_type.upper()
+        f"megatron_moe_comp::{op}", device_type.upper()
     )
 
 

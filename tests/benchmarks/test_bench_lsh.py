@@ -19,7 +19,7 @@ TINY = "--tokens 64 --hidden 16 --rounds 1"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(bench_lsh, "has_kernel", lambda name, device: True)
+    monkeypatch.setattr(bench_lsh.ops, "is_compiled", lambda device, name: True)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -98,7 +98,7 @@ def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch):
     record("lsh_hash", "_dense_reference")
     record("cluster_sum", "_sum_reference")
     record("cluster_sum", "_broadcast_reference")
-    monkeypatch.setattr(bench_lsh, "has_kernel", lambda name, device: False)
+    monkeypatch.setattr(bench_lsh.ops, "is_compiled", lambda device, name: False)
     options = "--impl reference --families spherical --variants plain --dtypes float32"
     (row,) = run(tmp_path, options)
     assert row["impl"] == "reference"
@@ -110,7 +110,7 @@ def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_lsh, "has_kernel", lambda name, device: name != "dense_hash")
+    monkeypatch.setattr(bench_lsh.ops, "is_compiled", lambda device, name: name != "dense_hash")
     with pytest.raises(SystemExit, match=r"--impl=compiled: dense_hash: no kernel for cpu"):
         run(tmp_path, "")
 

@@ -177,8 +177,10 @@ def test_describe(options, words):
         ("birdmoe", True, "compiled"),
         ("rq", False, "reference (PyTorch)"),
         ("fp8", True, "PyTorch"),
+        ("lsh", True, "compiled"),
+        ("lsh", False, "reference (PyTorch)"),
     ],
 )
 def test_the_start_says_what_encodes(monkeypatch, method, compiled, words):
-    monkeypatch.setattr(stats_logging.ops, "is_compiled", lambda device: compiled)
+    monkeypatch.setattr(stats_logging.ops, "is_compiled", lambda device, op: compiled)
     assert stats_logging._kernels(CompressionConfig(moe_a2a_compress=method)) == words
