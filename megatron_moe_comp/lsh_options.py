@@ -64,6 +64,11 @@ class LshOptions:
     """Cluster in evaluation, too. A centroid mixes positions, later ones included, so the loss of a
     causal model then is not comparable."""
 
+    @property
+    def adapts(self) -> bool:
+        """Whether anything of clustering changes during training."""
+        return self.moe_lsh_target_rate is not None or self.moe_lsh_residual == "fitted"
+
     def _check_lsh(self, method: str) -> None:
         """Raises ValueError for an unusable value, or one that `method` has no use for."""
         for name, kind in (

@@ -4,10 +4,12 @@ Together with the entry scripts this is the only module that sees Megatron's glo
 """
 
 import copy
+import io
 import os
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import reduce
 from typing import Any
@@ -101,8 +103,10 @@ def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:
     args = get_args()
     if args.load is None or args.finetune:
         return None
-    # Every other argument that this copies from the checkpoint goes to a namespace that is dropped.
-    found = load_args_from_checkpoint(copy.copy(args))
+    # Every other argument that this takes from the checkpoint goes to a namespace that is dropped,
+    # and what Megatron prints about them would mislead.
+    with redirect_stdout(io.StringIO()):
+        found = load_args_from_checkpoint(copy.copy(args))
     checkpoint_args = found[1] if isinstance(found, tuple) else None
     return getattr(checkpoint_args, LSH_STATE, None)
 

@@ -44,7 +44,7 @@ class LshAdaptation:
 
     def attach(self, model_config: GPTModelConfig) -> None:
         """Hooks into the building of the model and the end of every backward pass."""
-        if self._compression.moe_a2a_compress != "lsh":
+        if self._compression.moe_a2a_compress != "lsh" or not self._compression.adapts:
             return
         transformer = model_config.transformer
         self._states = [LshState.initial(self._compression) for _ in range(transformer.num_layers)]
