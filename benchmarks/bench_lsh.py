@@ -42,11 +42,13 @@ from megatron_moe_comp.config import CompressionConfig
 
 OPS = ("hadamard_hash", "dense_hash", "cluster_sum", "cluster_broadcast")
 IMPLEMENTATIONS = ("compiled", "reference")
+PLAIN = {"moe_lsh_refine": 0, "moe_lsh_residual": "none"}
 VARIANTS = {
-    "plain": {},
-    "refine": {"moe_lsh_refine": True},
-    "center": {"moe_lsh_center": True},
-    "identity": {"moe_lsh_residual": "identity"},
+    "plain": PLAIN,
+    "refine": PLAIN | {"moe_lsh_refine": 1},
+    "center": PLAIN | {"moe_lsh_center": True},
+    "identity": PLAIN | {"moe_lsh_residual": "identity"},
+    "refine-identity": {"moe_lsh_refine": 1, "moe_lsh_residual": "identity"},
 }
 """Options beside the hash family."""
 

@@ -160,7 +160,7 @@ def make_clusters(
     if watch:
         watch.lap("hash")
     clusters = cluster(keys, groups)
-    if config.moe_lsh_refine:
+    for _ in range(config.moe_lsh_refine):
         clusters = refined(clusters, rows, groups)
     if watch:
         watch.lap("cluster")

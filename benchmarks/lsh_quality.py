@@ -35,24 +35,24 @@ ENVIRONMENT = {"RANKS": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TIMEOUT_SECONDS, GRACE_SECONDS, SHOWN_LOG_LINES = 600.0, 40.0, 15
 
 LSH = ("--moe-a2a-compress=lsh", "--moe-lsh-target-rate=0.2")
-WARMUP, REFINE = "--moe-lsh-warmup-iters=200", "--moe-lsh-refine"
-UNCOMPENSATED = (*LSH, "--moe-lsh-residual=none")
+WARMUP, REFINE = "--moe-lsh-warmup-iters=200", "--moe-lsh-refine=1"
+PLAIN = (*LSH, "--moe-lsh-residual=none", "--moe-lsh-refine=0")
 SETTINGS = {"none": ("--moe-a2a-compress=none",)}
 SETTINGS |= {
-    f"lsh-{residual}{warmup and '-warmup'}{refine and '-refine'}": tuple(
+    f"lsh-{residual}{warmup and '-warmup'}{'-refine' if refine == REFINE else ''}": tuple(
         flag for flag in (*LSH, f"--moe-lsh-residual={residual}", warmup, refine) if flag
     )
     for residual in ("none", "identity", "fitted")
     for warmup in ("", WARMUP)
-    for refine in ("", REFINE)
+    for refine in ("--moe-lsh-refine=0", REFINE)
 }
 SETTINGS |= {
     # The control: clusters of the same sizes, of random rows.
-    "lsh-none-random": (*UNCOMPENSATED, "--moe-lsh-hash=random"),
-    "lsh-none-warmup-random": (*UNCOMPENSATED, WARMUP, "--moe-lsh-hash=random"),
-    "lsh-none-center": (*UNCOMPENSATED, "--moe-lsh-center"),
-    "lsh-none-per-row": (*UNCOMPENSATED, "--moe-lsh-gradient=per-row"),
-    "lsh-none-refine-rq4": (*UNCOMPENSATED, REFINE, "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
+    "lsh-none-random": (*PLAIN, "--moe-lsh-hash=random"),
+    "lsh-none-warmup-random": (*PLAIN, WARMUP, "--moe-lsh-hash=random"),
+    "lsh-none-center": (*PLAIN, "--moe-lsh-center"),
+    "lsh-none-per-row": (*PLAIN, "--moe-lsh-gradient=per-row"),
+    "lsh-fitted-refine-rq4": (*LSH, "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
 }
 
 

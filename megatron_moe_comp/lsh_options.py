@@ -14,6 +14,7 @@ OTHER_HASH_DIM = 16
 """16 coordinates give a cross-polytope hash 32 values, as 5 hyperplanes give a spherical one."""
 DEFAULT_RATE = 0.2
 MAX_HASHES = 64
+MAX_REFINEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class LshOptions:
     moe_lsh_warmup_iters: int = 0
     """Iterations in which the target rate falls from 1 to --moe-lsh-target-rate."""
 
-    moe_lsh_refine: bool = False
-    """Move each row to the nearest centroid of its expert, once (a Lloyd step)."""
+    moe_lsh_refine: int | None = None
+    """How often each row moves to the nearest centroid of its expert (Lloyd steps), 0 to 16
+    (default: 1; with random clusters, which would not stay random: 0)."""
 
     moe_lsh_center: bool = False
     """Subtract the mean of an expert's rows before they are hashed."""
 
-    moe_lsh_residual: Residual = "none"
+    moe_lsh_residual: Residual = "fitted"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
     identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
     estimated during training from rows that are sent alone."""
@@ -78,13 +80,14 @@ class LshOptions:
             ("moe_lsh_scope", LshScope),
         ):
             require_choice(name, getattr(self, name), get_args(kind))
-        for name, high in (
-            ("moe_lsh_num_hashes", MAX_HASHES),
-            ("moe_lsh_hash_dim", 2**15),
+        for name, low, high in (
+            ("moe_lsh_num_hashes", 1, MAX_HASHES),
+            ("moe_lsh_hash_dim", 1, 2**15),
+            ("moe_lsh_refine", 0, MAX_REFINEMENTS),
         ):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= high:
-                raise ValueError(f"{flag(name)}={value}: out of range. Use 1 to {high}.")
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{flag(name)}={value}: out of range. Use {low} to {high}.")
         rate = self.moe_lsh_target_rate
         if rate is not None and not 0 < rate <= 1:
             raise ValueError(
@@ -112,6 +115,8 @@ class LshOptions:
             )
         if self.moe_lsh_num_hashes is None:
             object.__setattr__(self, "moe_lsh_num_hashes", DEFAULT_NUM_HASHES)
+        if self.moe_lsh_refine is None:
+            object.__setattr__(self, "moe_lsh_refine", int(self.moe_lsh_hash != "random"))
         if self.moe_lsh_hash_dim is None:
             size = DEFAULT_HASH_DIM.get(self.moe_lsh_hash, OTHER_HASH_DIM)
             object.__setattr__(self, "moe_lsh_hash_dim", size)

@@ -162,16 +162,19 @@ class Probes:
     """int64 [K]: the clusters that they left."""
 
 
-def with_probes(clusters: Clusters, groups: Groups) -> tuple[Clusters, Probes]:
+def with_probes(clusters: Clusters, rows: torch.Tensor, groups: Groups) -> tuple[Clusters, Probes]:
     """Returns the clusters less one row of some, each of which becomes a cluster, and these rows.
 
     Args:
-        clusters: the clusters; of those with several rows, the first row of every
+        clusters: the clusters; of those whose first two rows differ, the first row of every
             `PROBE_INTERVAL`-th is taken.
+        rows: [N, H].
         groups: the rows of each expert.
     """
-    starts = clusters.offsets[:-1][clusters.offsets.diff() > 1][::PROBE_INTERVAL]
-    rows, others = clusters.order[starts], clusters.order[starts + 1]
-    keys = clusters.assignment.index_copy(0, rows, own_keys(clusters.num_rows, rows.device)[rows])
+    starts = clusters.offsets[:-1][clusters.offsets.diff() > 1]
+    first, second = clusters.order[starts], clusters.order[starts + 1]
+    differ = (rows[first] != rows[second]).any(dim=1)
+    first, second = first[differ][::PROBE_INTERVAL], second[differ][::PROBE_INTERVAL]
+    keys = clusters.assignment.index_copy(0, first, own_keys(clusters.num_rows, rows.device)[first])
     after = cluster(keys, groups)
-    return after, Probes(rows, after.assignment[rows], after.assignment[others])
+    return after, Probes(first, after.assignment[first], after.assignment[second])

@@ -133,10 +133,10 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
             stream = self._stream("dispatch_fwd", forward_pass)
             keys = shuffled(keys, groups, random_words(stream, len(rows), rows.device))
         clusters = cluster(keys, groups)
-        if config.moe_lsh_refine:
+        for _ in range(config.moe_lsh_refine):
             clusters = refined(clusters, rows, groups)
         if config.moe_lsh_residual == "fitted" and self._is_sample(forward_pass):
-            clusters, probes = with_probes(clusters, groups)
+            clusters, probes = with_probes(clusters, rows, groups)
             return clusters, None if forward_pass.recomputed else probes
         return clusters, None
 

@@ -93,7 +93,7 @@ def test_settings_are_the_factors_in_all_combinations_and_the_controls():
         "--moe-lsh-target-rate=0.2",
         "--moe-lsh-residual=identity",
         "--moe-lsh-warmup-iters=200",
-        "--moe-lsh-refine",
+        "--moe-lsh-refine=1",
     )
 
 

@@ -20,6 +20,10 @@ LARGEST_KEY = (1 << 48) - 1
 COLUMNS = 8
 
 
+def distinct_rows(groups):
+    return torch.arange(groups.total, dtype=torch.float32)[:, None]
+
+
 def make_groups(sizes, clustered=None):
     return Groups(torch.tensor(sizes), clustered or [True] * len(sizes), sum(sizes))
 
@@ -108,7 +112,7 @@ def test_no_row_or_one(sizes):
     assert torch.equal(clusters.mean(rows), rows)
     assert torch.equal(clusters.broadcast(rows), rows)
     assert torch.equal(refined(clusters, rows, groups).offsets, clusters.offsets)
-    assert len(with_probes(clusters, groups)[1].rows) == 0
+    assert len(with_probes(clusters, distinct_rows(groups), groups)[1].rows) == 0
 
 
 def test_all_rows_equal_or_all_different():
@@ -216,7 +220,7 @@ def test_refining_brings_equal_rows_together(kinds, seed):
 def test_probes_leave_their_clusters(layout):
     groups, keys, _ = layout
     before = cluster(keys, groups)
-    after, probes = with_probes(before, groups)
+    after, probes = with_probes(before, distinct_rows(groups), groups)
     assert_consistent(after, groups)
     shared = [rows for rows in members(before) if len(rows) > 1]
     probed = shared[::PROBE_INTERVAL]
@@ -232,6 +236,9 @@ def test_probes_leave_their_clusters(layout):
 def test_one_probe_in_so_many_clusters():
     groups = make_groups([4 * PROBE_INTERVAL + 2, 1])
     keys = torch.arange(groups.total) // 2
-    after, probes = with_probes(cluster(keys, groups), groups)
+    clusters = cluster(keys, groups)
+    equal = torch.zeros(groups.total, 1)
+    assert len(with_probes(clusters, equal, groups)[1].rows) == 0
+    after, probes = with_probes(clusters, distinct_rows(groups), groups)
     assert probes.rows.tolist() == [0, 2 * PROBE_INTERVAL, 4 * PROBE_INTERVAL]
     assert len(after) == 2 * PROBE_INTERVAL + 2 + len(probes.rows)

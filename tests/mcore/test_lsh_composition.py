@@ -47,9 +47,7 @@ def duplicates(rank, options):
     return sent, rows, equal, same_gradient
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"moe_lsh_residual": "identity"}, {"moe_lsh_refine": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"moe_lsh_residual": "identity"}, {"moe_lsh_refine": 0}])
 def test_duplicates_are_sent_once_and_get_equal_outputs(megatron_pool, options):
     for sent, rows, equal, same_gradient in megatron_pool.run(duplicates, options):
         assert 3 * sent == rows > 0
@@ -135,7 +133,7 @@ def recompute_repeats(rank, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"moe_lsh_residual": "fitted", "moe_lsh_refine": True},
+        {"moe_lsh_residual": "fitted", "moe_lsh_refine": 1},
         {"moe_lsh_hash": "random"},
         {"moe_lsh_gradient": "per-row"},
         {"moe_a2a_codec": "rq", "moe_a2a_bits": 4},

@@ -59,7 +59,7 @@ def test_rows_that_are_their_own_clusters_equal_stock(megatron_pool, model, rout
     [
         {"moe_lsh_residual": "identity"},
         {"moe_lsh_residual": "fitted"},
-        {"moe_lsh_refine": True},
+        {"moe_lsh_refine": 2},
         {"moe_lsh_center": True},
         {"moe_lsh_hash": "cross-polytope"},
         {"moe_lsh_hash": "spherical", "moe_lsh_hash_dim": 16},
@@ -175,9 +175,10 @@ def equals_reference(rank, options, factor):
 @pytest.mark.parametrize(
     ("options", "factor"),
     [
+        ({"moe_lsh_refine": 0}, 0.0),
         ({}, 0.0),
         ({"moe_lsh_residual": "identity"}, 1.0),
-        ({"moe_lsh_refine": True}, 0.0),
+        ({"moe_lsh_refine": 2}, 0.0),
         ({"moe_lsh_center": True, "moe_lsh_hash": "cross-polytope"}, 0.0),
         ({"moe_lsh_hash": "spherical"}, 0.0),
         ({"moe_lsh_hash": "random", "moe_lsh_residual": "identity"}, 1.0),
@@ -220,7 +221,7 @@ def gradcheck(rank, options):
 
 
 @pytest.mark.parametrize("residual", ["none", "identity"])
-@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("refine", [0, 1])
 def test_gradcheck_through_the_ranks(megatron_pool, residual, refine):
     options = {"moe_lsh_residual": residual, "moe_lsh_refine": refine}
     for analytic, numeric, clusters in megatron_pool.run(gradcheck, options):
