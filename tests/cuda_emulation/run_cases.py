@@ -124,8 +124,8 @@ def main() -> None:
         kernels = EmulatedKernels(quantize_pack, unpack_dequantize, reverse)
         print(
             digest(kernels, bool(int(few_blocks)))
-            + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse)),
-            +hashes.digest(hashes.EmulatedHashes(lsh_hash, reverse)),
+            + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse))
+            + hashes.digest(hashes.EmulatedHashes(lsh_hash, reverse)),
             flush=True,
         )
 
