@@ -52,7 +52,7 @@ SETTINGS |= {
     "lsh-none-warmup-random": (*PLAIN, WARMUP, "--moe-lsh-hash=random"),
     "lsh-none-center": (*PLAIN, "--moe-lsh-center"),
     "lsh-none-per-row": (*PLAIN, "--moe-lsh-gradient=per-row"),
-    "lsh-fitted-refine-rq4": (*LSH, "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
+    "lsh-none-refine-rq4": (*LSH, "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
 }
 
 

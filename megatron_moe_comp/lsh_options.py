@@ -48,7 +48,7 @@ class LshOptions:
     moe_lsh_center: bool = False
     """Subtract the mean of an expert's rows before they are hashed."""
 
-    moe_lsh_residual: Residual = "fitted"
+    moe_lsh_residual: Residual = "none"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
     identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
     estimated during training from rows that are sent alone."""
