@@ -75,3 +75,25 @@ def test_references_stay_on_the_device(num_bits, scales_are_given):
         unpack_reference(message, scales, rows, segments)
         codes = quantize(rows, torch.empty(16, device="cuda"), num_bits, 0, **vars(RANDOM))
         assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.uint8, (16, 64))
+
+
+def test_hashing_and_clustering_stay_on_the_device():
+    with FakeTensorMode():
+        rows = torch.empty(10, 24, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        signs = torch.empty(2, 3, 32, device="cuda")
+        directions = torch.empty(24, 40, device="cuda")
+        order = torch.empty(10, dtype=torch.int64, device="cuda")
+        offsets = torch.empty(5, dtype=torch.int64, device="cuda")
+        for keys in (
+            ops.hadamard_hash(rows, signs, 40, 16),
+            ops.dense_hash(rows, directions, 40, 16),
+        ):
+            assert (keys.device.type, keys.dtype, keys.shape) == ("cuda", torch.int64, (10,))
+        means = ops.cluster_sum(rows, order, offsets, mean=True)
+        again = ops.cluster_broadcast(means, order, offsets)
+        for values, number in ((means, 4), (again, 10)):
+            assert (values.device.type, values.dtype) == ("cuda", torch.bfloat16)
+            assert values.shape == (number, 24)
+            assert values.requires_grad
+        with pytest.raises(ValueError, match="rotation must be float32 on cuda"):
+            ops.hadamard_hash(rows, signs.cpu(), 40, 16)
