@@ -302,7 +302,7 @@ def load_of_policies(rank, routing):
         assert (totals[:, Column.PASSES] == 1).all()
         # The way back mirrors the way there, but for nothing: codes and scales alone count.
         assert torch.equal(totals[:1, Column.LOAD], totals[3:, Column.LOAD])
-        results[policy] = totals[0, Column.LOAD_RAW :].tolist(), allocated[0]
+        results[policy] = totals[0, Column.LOAD_RAW : Column.LOAD + 1].tolist(), allocated[0]
     return results
 
 
