@@ -45,8 +45,7 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         return values.view(-1, self.ep_size, self.num_local_experts)
 
     def _links(self) -> Links:
-        pairs = super()._links().pairs
-        return self._with_bits(self._counts[:, self.num_experts :], pairs)
+        return self._with_bits(self._counts[:, self.num_experts :], self._counted_rows())
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor

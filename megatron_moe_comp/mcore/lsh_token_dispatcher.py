@@ -143,13 +143,13 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
     def _count_clusters(self, groups: Groups) -> None:
         """Counts rows and centroids, for the statistics and the next iteration's granularity."""
         home, forward_pass = self._at_home, self._forward_pass
+        if not forward_pass.training or forward_pass.recomputed:
+            return
         alone = 0
         if not all(groups.clustered):
             alone_of = zip(groups.num_rows.tolist(), groups.clustered, strict=True)
             alone = sum(n for n, is_clustered in alone_of if not is_clustered)
         num_rows, num_centroids = groups.total - alone, len(home.clusters) - alone
-        if not forward_pass.training or forward_pass.recomputed:
-            return
         self._rows_seen += num_rows
         self._centroids_seen += num_centroids
         self.stats.add_clusters(num_rows, num_centroids)
@@ -161,8 +161,7 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
     def _links(self) -> Links:
         if not self._is_clustering:
             return super()._links()
-        rows = super()._links().rows
-        return self._with_bits(rows, self._counts[:, self.num_experts :])
+        return self._with_bits(self._counted_rows(), self._counts[:, self.num_experts :])
 
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor

@@ -14,7 +14,7 @@ from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
 from megatron_moe_comp.compression.lsh_clustering import Clusters
 from megatron_moe_comp.config import Wire
 from megatron_moe_comp.mcore.lsh_token_dispatcher import ClusteredRows, LshAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.token_dispatcher import DispatchState, Links
+from megatron_moe_comp.mcore.token_dispatcher import Links
 
 
 class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
@@ -37,11 +37,9 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
     def _links(self) -> Links:
         if not self._is_clustering:
             return super()._links()
-        rows, centroids = (
-            counts.reshape(self.ep_size, self.ep_size, self.num_local_experts).sum(dim=2)
-            for counts in self._counts.split(self.num_experts, dim=1)
-        )
-        return self._with_bits(centroids, rows)
+        centroids = self._counts[:, self.num_experts :]
+        shape = (self.ep_size, self.ep_size, self.num_local_experts)
+        return self._with_bits(centroids.reshape(shape).sum(dim=2), self._counted_rows())
 
     def _to_send(self, home: ClusteredRows) -> torch.Tensor:
         return home.rows.index_select(0, home.clusters.order)
@@ -55,10 +53,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
-        links, home = self._links(), self._at_home
-        route = links.route(self)
-        self._dispatched = DispatchState(route, links, self._forward_pass)
-        self._forward_pass = None
+        route, home = self._start_dispatch(), self._at_home
         sizes = home.clusters.offsets.diff().to(torch.int32)
         # Only the values of the centroids are sent: the rows' gradients are those of the copies.
         rows, sizes = self._exchange_per_row(

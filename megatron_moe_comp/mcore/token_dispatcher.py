@@ -198,12 +198,15 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
 
     def _links(self) -> Links:
         """Returns what all ranks send to each other, from the counts they gathered."""
+        rows = self._counted_rows()
+        return self._with_bits(rows, rows)
+
+    def _counted_rows(self) -> torch.Tensor:
+        """Returns how many rows all ranks send to each other's experts, int64 [P, P]."""
         ep, num_local = self.ep_size, self.num_local_experts
         if self.drop_and_pad:
-            pairs = torch.full((ep, ep), self.capacity * num_local)
-        else:
-            pairs = self._counts[:, : self.num_experts].reshape(ep, ep, num_local).sum(dim=2)
-        return self._with_bits(pairs, pairs)
+            return torch.full((ep, ep), self.capacity * num_local)
+        return self._counts[:, : self.num_experts].reshape(ep, ep, num_local).sum(dim=2)
 
     def _with_bits(self, rows: torch.Tensor, pairs: torch.Tensor) -> Links:
         config = self._compression
@@ -231,12 +234,17 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
     def _dispatch(
         self, rows: torch.Tensor, probs: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        route = self._start_dispatch()
+        return self._exchange(rows, probs, masks, route, ("dispatch_fwd", "dispatch_bwd"))
+
+    def _start_dispatch(self) -> Route:
+        """Returns the way of this pass's rows, and keeps what combine needs to know of it."""
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
         links = self._links()
         route = links.route(self)
         self._dispatched = DispatchState(route, links, self._forward_pass)
         self._forward_pass = None
-        return self._exchange(rows, probs, masks, route, ("dispatch_fwd", "dispatch_bwd"))
+        return route
 
     def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Returns the experts' outputs [N, H] for this rank's tokens.

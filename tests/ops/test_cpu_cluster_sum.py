@@ -5,27 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_moe_comp import ops
 from megatron_moe_comp.ops.cluster_sum import _broadcast_reference, _sum_reference
 from tests.ops.cluster_layouts import COUNTS, DTYPES, layout, random_rows, same_bytes
 
 OPS = torch.ops.megatron_moe_comp
 
-if not torch._C._dispatch_has_kernel_for_dispatch_key("megatron_moe_comp::cluster_sum", "CPU"):
+if not ops.is_compiled("cpu", "cluster_sum"):
     pytest.skip("the C++ kernels are not built: run scripts/setup.sh", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", params=["avx2", "generic"])
-def isa(request):
-    """Each instruction set that the kernels are written for and this machine has, in turn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEGATRON_MOE_COMP_CPU_ISA", request.param)
-        try:
-            assert_same_bytes([1], torch.zeros(1, 8))
-        except ValueError as error:
-            if "this machine has no such instructions" not in str(error):
-                raise
-            pytest.skip(str(error))
-        yield request.param
 
 
 def assert_same_bytes(counts, rows, generator=None):
