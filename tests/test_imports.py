@@ -13,6 +13,7 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
 LEVELS = {
     "config": 0,
     "lsh_options": 0,
+    "t5_options": 0,
     "model_rules": 0,
     "comm_stats": 0,
     "ops": 0,
@@ -36,11 +37,14 @@ LEVELS = {
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
     "mcore.stats_logging": 5,
+    "mcore.t5_specs": 5,
+    "mcore.t5_model": 5,
+    "mcore.entry": 6,
 }
-FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_replacements")
+FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_")
 """Used by the entry scripts and tests alone; they import nothing of ours but each other."""
 
-ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "compression.random_stream")
+ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "t5_options", "compression.random_stream")
 
 
 def name_of(path):
