@@ -32,6 +32,7 @@ LEVELS = {
     "mcore.dedup_token_dispatcher": 3,
     "mcore.lsh_token_dispatcher": 3,
     "mcore.per_row_lsh_token_dispatcher": 3,
+    "mcore.biased_attention": 3,
     "mcore.moe_layer": 4,
     "mcore.layer_specs": 5,
     "mcore.lsh_adaptation": 5,
