@@ -14,7 +14,7 @@ from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
@@ -228,6 +228,8 @@ class T5ModelBuilder(GPTModelBuilder):
                 config.transformer.tensor_model_parallel_size,
             )
         encoder, decoder = config.stacks
+        if any(config.moe_layer_pattern):
+            set_moe_metrics_tracker(EncoderDecoderMetricsTracker(config.moe_layer_pattern))
         return T5MoEModel(
             config=decoder,
             encoder_config=encoder,

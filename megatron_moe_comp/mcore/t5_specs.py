@@ -19,6 +19,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe_comp.mcore.biased_attention import BiasedDotProductAttention
+
 PRE_MLP_NORM = "pre_mlp_layernorm."
 
 
@@ -63,7 +65,7 @@ def t5_block_specs(
         layers = (encoder_model_with_local_spec(), decoder_model_with_local_spec())
         # Apex's norm has no RMSNorm.
         norm = WrappedTorchNorm if decoder.normalization == "RMSNorm" else LNImpl
-        layers = tuple(_with_norm(layer, norm) for layer in layers)
+        layers = tuple(_with_attention_bias(_with_norm(layer, norm)) for layer in layers)
         final_norm = norm
     blocks = []
     for config, layer in zip((encoder, decoder), layers, strict=True):
@@ -80,6 +82,14 @@ def _with_norm(layer: ModuleSpec, norm: type) -> ModuleSpec:
     names = ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm")
     used = [name for name in names if getattr(layer.submodules, name) is LNImpl]
     return replace(layer, submodules=replace(layer.submodules, **dict.fromkeys(used, norm)))
+
+
+def _with_attention_bias(layer: ModuleSpec) -> ModuleSpec:
+    """Returns the layer with a self-attention that takes the bias of relative positions."""
+    attention = layer.submodules.self_attention
+    biased = replace(attention.submodules, core_attention=BiasedDotProductAttention)
+    changes = {"self_attention": replace(attention, submodules=biased)}
+    return replace(layer, submodules=replace(layer.submodules, **changes))
 
 
 def _with_experts(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
