@@ -32,6 +32,7 @@ LEVELS = {
     "mcore.lsh_token_dispatcher": 3,
     "mcore.per_row_lsh_token_dispatcher": 3,
     "mcore.moe_layer": 4,
+    "mcore.checkpoint_check": 5,
     "mcore.layer_specs": 5,
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
