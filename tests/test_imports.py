@@ -11,6 +11,7 @@ PACKAGE = "megatron_moe_comp"
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
 
 LEVELS = {
+    "answer_scores": 0,
     "config": 0,
     "lsh_options": 0,
     "model_rules": 0,
