@@ -9,7 +9,7 @@ import time
 
 PROGRAM_START = time.time()
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,9 +24,7 @@ from megatron.core.datasets.gpt_dataset import (
     GPTDatasetConfig,
     MockGPTDataset,
 )
-from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -36,73 +34,37 @@ from megatron.training import (
     get_args,
     get_timers,
     get_tokenizer,
-    pretrain,
     print_rank_0,
     set_startup_timestamps,
 )
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
-    is_rank0,
 )
 
-from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
-from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
-from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
-from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
-from megatron_moe_comp.mcore.stats_logging import StatsLogger
+from megatron_moe_comp.mcore import entry
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-SPIKY_LOSS_FACTOR = 10
 
 Batch = dict[str, torch.Tensor | None]
-Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def main() -> None:
     """Parses the flags, builds the configuration and trains."""
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    extra_args: list[Callable[[ArgumentParser], ArgumentParser]] = []
-    if cpu_compat.is_needed():
-        message = cpu_compat.enable()
-        extra_args.append(cpu_settings.add_settings)
-        if is_rank0():
-            print(message, flush=True)
-    else:
-        cpu_compat.repair_wheel()
-    args, compression = arguments.parse_and_validate_args(*extra_args)
+    args, compression = entry.parse_args()
     check_data_options(args)
-
     model_config = gpt_config_from_args(args)
-    use_compressed_moe(model_config, compression, arguments.current_step)
-    stats = StatsLogger(compression, arguments.current_step, args.log_interval)
-    stats.attach(model_config)
-    LshAdaptation(
+    num_layers = model_config.transformer.num_layers
+    entry.train(
+        args,
         compression,
-        arguments.current_step,
-        arguments.lsh_state_of_checkpoint,
-        arguments.keep_lsh_state,
-    ).attach(model_config)
-    model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
-    datasets_provider.is_distributed = True
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-    except SystemExit as stop:
-        # Megatron's orderly stops (a signal, a time or iteration limit) end in sys.exit(0).
-        if stop.code in (None, 0):
-            stats.finish()
-        raise
-    stats.finish()
-    torch.distributed.destroy_process_group()
+        model_config,
+        [f"layer {number + 1}" for number in range(num_layers)],
+        datasets_provider,
+        forward_step,
+    )
 
 
 def check_data_options(args: Namespace) -> None:
@@ -195,7 +157,7 @@ def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
 
 def forward_step(
     data_iterator: Iterator[Batch], model: GPTModel
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], entry.Loss]]:
     """Returns the model's output for the next micro-batch and the function of its loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -208,34 +170,7 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(loss_function, batch["loss_mask"])
-
-
-def loss_function(loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
-    """Returns the summed loss, its number of tokens, and both for the log.
-
-    Args:
-        loss_mask: [B, S], 1 where a token counts.
-        output: [B, S], loss per token.
-    """
-    args = get_args()
-    loss_mask = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * loss_mask)
-    num_tokens = loss_mask.sum().clone().detach().to(torch.int)
-
-    check = partial(get_rerun_state_machine().validate_result, result=loss, tolerance=0.0)
-    if args.check_for_nan_in_loss_and_grad:
-        check(rejection_func=torch.isnan, message="found NaN in the loss of a rank", fatal=True)
-        check(rejection_func=torch.isinf, message="found Inf in the loss of a rank", fatal=True)
-    if args.check_for_spiky_loss:
-        is_spiky = partial(
-            get_rerun_state_machine().is_unexpectedly_large,
-            threshold=SPIKY_LOSS_FACTOR,
-            context="loss",
-        )
-        check(rejection_func=is_spiky, message="spiky loss", fatal=False)
-    report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
-    return loss, num_tokens, {"lm loss": report}
+    return output, partial(entry.loss_function, get_args(), batch["loss_mask"])
 
 
 if __name__ == "__main__":

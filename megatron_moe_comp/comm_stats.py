@@ -152,20 +152,20 @@ def _squares(rows: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
 
 
 def summarize(
-    totals: torch.Tensor, layer_numbers: Sequence[int], config: CompressionConfig
+    totals: torch.Tensor, layer_names: Mapping[int, str], config: CompressionConfig
 ) -> dict[str, Any]:
     """Returns the totals as the report that --moe-a2a-stats-json writes.
 
     Args:
         totals: float64 [layers, wires, columns], summed over ranks.
-        layer_numbers: Megatron's number (from 1) of each of the layers.
+        layer_names: number (from 1) and name of each of the layers.
         config: the method in use.
 
     Returns:
         {"method", "bits", "bit_policy", "mean_bits", "ratio_fp32", "ratio_bf16", "pairs", "rows",
         "most_loaded_rank": {"float32_bytes", "uniform_bytes", "bytes"}, "lsh": {"rows",
         "centroids", "rate", "residual_norm", "expert_flops_saved"}, "wires": {wire: {"raw_bytes",
-        "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "ratio_fp32", "mean_bits",
+        "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "name", "ratio_fp32", "mean_bits",
         "most_loaded_rank", "lsh", "wires"}]}. Bytes are of all ranks, except those of the most
         loaded rank: what it sends or receives, whichever is more, in one layer and micro-batch,
         over the four wires, without padding. A figure is None where nothing crossed a wire; sqnr_db
@@ -185,8 +185,8 @@ def summarize(
         "pairs": int(overall[:, Column.PAIRS].sum()),
         "rows": int(overall[:, Column.ROWS].sum()),
         "layers": [
-            {"layer": number, **_figures(layer, config)}
-            for number, layer in zip(layer_numbers, totals, strict=True)
+            {"layer": number, "name": name, **_figures(layer, config)}
+            for (number, name), layer in zip(layer_names.items(), totals, strict=True)
         ],
     }
 

@@ -71,7 +71,7 @@ def test_summary_of_clusters():
     totals = torch.zeros(3, len(WIRES), len(Column), dtype=torch.float64)
     totals[0, 0, Column.CLUSTERED_ROWS :] = torch.tensor([100.0, 20, 16, 4, 1e9])
     totals[1, 0, Column.CLUSTERED_ROWS :] = torch.tensor([300.0, 60, 0, 0, 0])
-    report = summarize(totals, [1, 2, 3], CompressionConfig(moe_a2a_compress="lsh"))
+    report = summarize(totals, {1: "a", 2: "b", 3: "c"}, CompressionConfig(moe_a2a_compress="lsh"))
     overall = {
         "rows": 400,
         "centroids": 80,
@@ -91,7 +91,7 @@ def test_summary_of_clusters():
     }
     assert (layers[2]["rows"], layers[2]["rate"], layers[2]["residual_norm"]) == (0, None, None)
     assert json.loads(json.dumps(report)) == report
-    assert summarize(totals, [1, 2, 3], BIRDMOE)["lsh"] is None
+    assert summarize(totals, {1: "a", 2: "b", 3: "c"}, BIRDMOE)["lsh"] is None
 
 
 def test_summary():
@@ -99,7 +99,7 @@ def test_summary():
     totals[:, :, Column.RAW], totals[:, :, Column.WIRE] = 1000, 200
     totals[1, 0, Column.RAW] = 3000
     totals[0, 0, Column.SIGNAL], totals[0, 0, Column.NOISE] = 100, 1
-    report = summarize(totals, [1, 3], BIRDMOE)
+    report = summarize(totals, {1: "a", 3: "c"}, BIRDMOE)
     assert (report["method"], report["bits"]) == ("birdmoe", 4)
     assert report["ratio_fp32"] == 10000 / 1600
     assert report["ratio_bf16"] == 10000 / 3200
@@ -126,7 +126,7 @@ def test_loads_are_means_over_passes_summed_over_wires():
     totals[0, :2, Column.CODED_ROWS] = 10
     totals[0, :2, Column.ROW_BITS] = torch.tensor([40.0, 50.0])
     totals[0, :, Column.PAIRS], totals[0, :, Column.ROWS] = 12, 9
-    report = summarize(totals, [1, 2], BIRDMOE)
+    report = summarize(totals, {1: "a", 2: "b"}, BIRDMOE)
     loads = [layer["most_loaded_rank"] for layer in report["layers"]]
     assert loads[0] == {"float32_bytes": 600, "uniform_bytes": 60, "bytes": 30}
     assert loads[1] == {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 30}
@@ -139,12 +139,12 @@ def test_loads_are_means_over_passes_summed_over_wires():
 
 def test_a_fixed_width_has_no_bits():
     totals = torch.ones(1, len(WIRES), len(Column), dtype=torch.float64)
-    report = summarize(totals, [1], CompressionConfig(moe_a2a_compress="fp8"))
+    report = summarize(totals, {1: "a"}, CompressionConfig(moe_a2a_compress="fp8"))
     assert report["bits"] is report["mean_bits"] is None
 
 
 def test_nothing_sent():
-    report = summarize(torch.zeros(0, len(WIRES), len(Column)), [], CompressionConfig())
+    report = summarize(torch.zeros(0, len(WIRES), len(Column)), {}, CompressionConfig())
     assert report["ratio_fp32"] is None
     assert report["ratio_bf16"] is None
     assert report["bits"] is None

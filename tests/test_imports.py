@@ -14,6 +14,7 @@ LEVELS = {
     "answer_scores": 0,
     "config": 0,
     "lsh_options": 0,
+    "t5_options": 0,
     "model_rules": 0,
     "comm_stats": 0,
     "ops": 0,
@@ -32,17 +33,21 @@ LEVELS = {
     "mcore.dedup_token_dispatcher": 3,
     "mcore.lsh_token_dispatcher": 3,
     "mcore.per_row_lsh_token_dispatcher": 3,
+    "mcore.biased_attention": 3,
     "mcore.moe_layer": 4,
     "mcore.checkpoint_check": 5,
     "mcore.layer_specs": 5,
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
     "mcore.stats_logging": 5,
+    "mcore.t5_specs": 5,
+    "mcore.t5_model": 5,
+    "mcore.entry": 6,
 }
-FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_replacements")
+FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_")
 """Used by the entry scripts and tests alone; they import nothing of ours but each other."""
 
-ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "compression.random_stream")
+ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "t5_options", "compression.random_stream")
 
 
 def name_of(path):

@@ -28,6 +28,7 @@ from megatron.training.checkpointing import (
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.lsh_options import LshOptions
+from megatron_moe_comp.t5_options import T5Options
 
 LSH_STATE = "moe_lsh_state"
 NON_STRICT = ("log_unexpected", "log_all", "ignore_all")
@@ -65,6 +66,21 @@ def add_compression_args(parser: ArgumentParser) -> ArgumentParser:
     factory.build_group(parser, title="compressed expert all-to-all")
     _FlagFactory(LshOptions).build_group(parser, title="clustering by locality-sensitive hashing")
     return parser
+
+
+def add_t5_args(parser: ArgumentParser) -> ArgumentParser:
+    """Returns `parser` with one flag per T5Options field (an `extra_args_provider`)."""
+    _FlagFactory(T5Options).build_group(parser, title="T5 and sequence-to-sequence data")
+    return parser
+
+
+def t5_options_from_args(args: Namespace) -> T5Options:
+    """Returns the T5Options that the flags ask for.
+
+    Raises:
+        ValueError: an option has an unusable value.
+    """
+    return T5Options(**{field.name: getattr(args, field.name) for field in fields(T5Options)})
 
 
 def compression_config_from_args(args: Namespace) -> CompressionConfig:

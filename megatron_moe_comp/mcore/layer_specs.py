@@ -89,8 +89,8 @@ def _replaced(spec: Any, layer: Callable[..., CompressedMoELayer]) -> Any:  # no
         return layer
     if isinstance(spec, partial):
         return partial(_replaced(spec.func, layer), *spec.args, **spec.keywords)
-    if isinstance(spec, list):
-        return [_replaced(item, layer) for item in spec]
+    if isinstance(spec, list | tuple):
+        return type(spec)(_replaced(item, layer) for item in spec)
     if is_dataclass(spec) and not isinstance(spec, type):
         names = [f.name for f in fields(spec) if f.init]
         return replace(spec, **{name: _replaced(getattr(spec, name), layer) for name in names})

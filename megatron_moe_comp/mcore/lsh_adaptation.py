@@ -42,12 +42,17 @@ class LshAdaptation:
         self._states: list[LshState] = []
         self._dispatchers: dict[int, LshAlltoAllTokenDispatcher] = {}
 
-    def attach(self, model_config: GPTModelConfig) -> None:
-        """Hooks into the building of the model and the end of every backward pass."""
+    def attach(self, model_config: GPTModelConfig, num_layers: int) -> None:
+        """Hooks into the building of the model and the end of every backward pass.
+
+        Args:
+            model_config: changed in place.
+            num_layers: the highest number that an MoE layer can have.
+        """
         if self._compression.moe_a2a_compress != "lsh" or not self._compression.adapts:
             return
         transformer = model_config.transformer
-        self._states = [LshState.initial(self._compression) for _ in range(transformer.num_layers)]
+        self._states = [LshState.initial(self._compression) for _ in range(num_layers)]
         model_config.post_wrap_hooks.append(self._take_charge)
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
 

@@ -40,13 +40,17 @@ class StatsLogger:
         self._step = step
         self._log_interval = log_interval
         self._layers: list[CompressedMoELayer] = []
-        self._num_layers = 0
+        self._layer_names: list[str] = []
         self._logged = torch.zeros(0)
         self._logged_iteration: int | None = None
         self._sqnr_db: dict[str, float] = {}
 
-    def attach(self, model_config: GPTModelConfig) -> None:
+    def attach(self, model_config: GPTModelConfig, layer_names: list[str]) -> None:
         """Hooks into the building of the model and the end of every backward pass.
+
+        Args:
+            model_config: changed in place.
+            layer_names: what to call the layers; MoE layers are numbered in this order, from 1.
 
         Raises:
             ValueError: rank 0 cannot write the JSON file.
@@ -55,7 +59,7 @@ class StatsLogger:
             kernels = _kernels(self._compression)
             print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
             self._check_json_path()
-        self._num_layers = model_config.transformer.num_layers
+        self._layer_names = layer_names
         self._logged = torch.zeros(len(WIRES), len(Column), dtype=torch.float64)
         model_config.post_wrap_hooks.append(self._collect_layers)
         model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
@@ -94,14 +98,14 @@ class StatsLogger:
 
     def _totals(self) -> torch.Tensor:
         """Returns the counters of all layers, summed over ranks: [layers, wires, columns]."""
-        totals = torch.zeros(self._num_layers, len(WIRES), len(Column), dtype=torch.float64)
+        totals = torch.zeros(len(self._layer_names), len(WIRES), len(Column), dtype=torch.float64)
         for layer in self._layers:
             totals[layer.layer_number - 1] += layer.stats.totals()
         return sum_over_ranks(totals)
 
     def _log_interval_line(self, iteration: int) -> None:
         totals = self._totals().sum(dim=0)
-        report = summarize((totals - self._logged)[None], [0], self._compression)
+        report = summarize((totals - self._logged)[None], {0: "all"}, self._compression)
         iterations = iteration - self._logged_iteration
         self._logged, self._logged_iteration = totals, iteration
         if report["ratio_fp32"] is None:
@@ -137,9 +141,9 @@ class StatsLogger:
     def finish(self) -> None:
         """Prints the summary and writes the JSON file; every rank must call it, after training."""
         totals = self._totals()
-        moe_layers = [i for i in range(self._num_layers) if totals[i].any()]
-        numbers = [i + 1 for i in moe_layers]
-        report = summarize(totals[moe_layers], numbers, self._compression)
+        moe_layers = [i for i, layer in enumerate(totals) if layer.any()]
+        names = {i + 1: self._layer_names[i] for i in moe_layers}
+        report = summarize(totals[moe_layers], names, self._compression)
         if is_rank0():
             _print_summary(report, self._compression)
             if self._compression.moe_a2a_stats_json:
@@ -196,7 +200,7 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
     for column in ("as float32 (MB)", "sent (MB)", "ratio", "SQNR (dB)"):
         table.add_column(column, justify="right")
     rows = list(report["wires"].items())
-    rows += [(f"layer {layer['layer']}", _sum_wires(layer["wires"])) for layer in report["layers"]]
+    rows += [(layer["name"], _sum_wires(layer["wires"])) for layer in report["layers"]]
     rows.append(("all", _sum_wires(report["wires"])))
     for name, wire in rows:
         raw, sent, sqnr = wire["raw_bytes"], wire["wire_bytes"], wire["sqnr_db"]
@@ -206,7 +210,7 @@ def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> No
             f"{sent / MEGABYTE:.2f}",
             f"{raw / sent:.2f}x" if sent else "",
             f"{sqnr:.1f}" if sqnr is not None else "",
-            end_section=name in (WIRES[-1], f"layer {report['layers'][-1]['layer']}"),
+            end_section=name in (WIRES[-1], report["layers"][-1]["name"]),
         )
     Console(width=100).print(table)
     if report["most_loaded_rank"] is not None:

@@ -75,7 +75,9 @@ def train(rank, layout, options):
         return TrainingStep(len(norms), MICROBATCHES)
 
     use_compressed_moe(model_config, compression, step)
-    LshAdaptation(compression, step, lambda: None, lambda _: None).attach(model_config)
+    LshAdaptation(compression, step, lambda: None, lambda _: None).attach(
+        model_config, model_config.transformer.num_layers
+    )
     model_parallel_cuda_manual_seed(SEED)
     sharded = {"use_distributed_optimizer": bool(layout.optimizer)}
     model = GPTModelBuilder(model_config).build_distributed_models(

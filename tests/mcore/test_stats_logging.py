@@ -39,10 +39,10 @@ def logger(monkeypatch, tmp_path):
     now = [0]
     logger = StatsLogger(config, lambda: TrainingStep(now[0], 1), log_interval=2)
     model = SimpleNamespace(
-        transformer=SimpleNamespace(num_layers=3, finalize_model_grads_func=None),
+        transformer=SimpleNamespace(finalize_model_grads_func=None),
         post_wrap_hooks=[],
     )
-    logger.attach(model)
+    logger.attach(model, ["layer 1", "layer 2", "layer 3"])
     logger._layers = [SimpleNamespace(layer_number=n, stats=CommStats()) for n in (1, 3)]
     return SimpleNamespace(
         it=logger,
@@ -129,6 +129,7 @@ def test_the_summary_and_its_json(logger, capsys):
     report = json.loads(logger.json.read_text())
     assert report["ratio_fp32"] == 4.0
     assert [layer["layer"] for layer in report["layers"]] == [1, 3]
+    assert [layer["name"] for layer in report["layers"]] == ["layer 1", "layer 3"]
 
 
 def test_nothing_crossed_a_wire(logger, capsys):
@@ -146,7 +147,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch
     path = tmp_path / "file/a2a.json"
     logger = StatsLogger(CompressionConfig(moe_a2a_stats_json=str(path)), lambda: None, 1)
     with pytest.raises(ValueError, match=r"--moe-a2a-stats-json=.*directory that you may write"):
-        logger.attach(SimpleNamespace())
+        logger.attach(SimpleNamespace(), [])
 
 
 @pytest.mark.parametrize(

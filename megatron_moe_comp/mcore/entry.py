@@ -1,0 +1,121 @@
+"""What the entry scripts share: the host mode, our additions to a training run, and the loss."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.utils import is_rank0
+
+from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
+from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
+from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
+from megatron_moe_comp.mcore.stats_logging import StatsLogger
+
+SPIKY_LOSS_FACTOR = 10
+
+Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
+
+
+def parse_args(*extra_args_providers: ArgsProvider) -> tuple[Namespace, CompressionConfig]:
+    """Returns Megatron's arguments and the compression's, on this machine with or without CUDA.
+
+    Args:
+        extra_args_providers: of the script's own flags.
+
+    Raises:
+        ValueError: options that do not go together, or not with this machine.
+    """
+    providers = list(extra_args_providers)
+    if cpu_compat.is_needed():
+        message = cpu_compat.enable()
+        providers.append(cpu_settings.add_settings)
+        if is_rank0():
+            print(message, flush=True)
+    else:
+        cpu_compat.repair_wheel()
+    return arguments.parse_and_validate_args(*providers)
+
+
+def train(
+    args: Namespace,
+    compression: CompressionConfig,
+    model_config: GPTModelConfig,
+    layer_names: list[str],
+    datasets_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    **pretrain_kwargs: Any,  # noqa: ANN401
+) -> None:
+    """Trains with compressed MoE layers and reports what they sent.
+
+    Args:
+        args: Megatron's arguments.
+        compression: options of the all-to-alls.
+        model_config: of the model; its MoE layers are replaced.
+        layer_names: of its layers, in the order of the MoE layers' numbers.
+        datasets_provider: as Megatron's `pretrain` takes it; every rank calls it.
+        forward_step: as Megatron's `pretrain` takes it.
+        pretrain_kwargs: further arguments of `pretrain`.
+    """
+    use_compressed_moe(model_config, compression, arguments.current_step)
+    stats = StatsLogger(compression, arguments.current_step, args.log_interval)
+    stats.attach(model_config, layer_names)
+    LshAdaptation(
+        compression,
+        arguments.current_step,
+        arguments.lsh_state_of_checkpoint,
+        arguments.keep_lsh_state,
+    ).attach(model_config, len(layer_names))
+    model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
+    datasets_provider.is_distributed = True
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            **pretrain_kwargs,
+        )
+    except SystemExit as stop:
+        # Megatron's orderly stops (a signal, a time or iteration limit) end in sys.exit(0).
+        if stop.code in (None, 0):
+            stats.finish()
+        raise
+    stats.finish()
+    torch.distributed.destroy_process_group()
+
+
+def loss_function(args: Namespace, loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
+    """Returns the summed loss, its number of tokens, and both for the log.
+
+    Args:
+        args: Megatron's arguments.
+        loss_mask: [B, S], 1 where a token counts.
+        output: [B, S], loss per token.
+    """
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().clone().detach().to(torch.int)
+
+    check = partial(get_rerun_state_machine().validate_result, result=loss, tolerance=0.0)
+    if args.check_for_nan_in_loss_and_grad:
+        check(rejection_func=torch.isnan, message="found NaN in the loss of a rank", fatal=True)
+        check(rejection_func=torch.isinf, message="found Inf in the loss of a rank", fatal=True)
+    if args.check_for_spiky_loss:
+        is_spiky = partial(
+            get_rerun_state_machine().is_unexpectedly_large,
+            threshold=SPIKY_LOSS_FACTOR,
+            context="loss",
+        )
+        check(rejection_func=is_spiky, message="spiky loss", fatal=False)
+    report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
