@@ -11,6 +11,7 @@ PACKAGE = "megatron_moe_comp"
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted(ROOT.glob("*_moe.py"))
 
 LEVELS = {
+    "answer_scores": 0,
     "config": 0,
     "lsh_options": 0,
     "t5_options": 0,
@@ -34,6 +35,7 @@ LEVELS = {
     "mcore.per_row_lsh_token_dispatcher": 3,
     "mcore.biased_attention": 3,
     "mcore.moe_layer": 4,
+    "mcore.checkpoint_check": 5,
     "mcore.layer_specs": 5,
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,

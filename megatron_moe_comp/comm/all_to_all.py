@@ -7,6 +7,7 @@ received, H columns.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.to("cuda" if "nccl" in dist.get_backend() else "cpu", copy=True)
     dist.all_reduce(total)
     return total.cpu()
+
+
+def gather_over_ranks[T](value: T) -> list[T]:
+    """Returns every process's picklable value, in the order of ranks; a collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def nodes_of_ranks(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[int, ...]:

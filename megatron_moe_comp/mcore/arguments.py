@@ -12,13 +12,18 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import arguments as megatron_arguments
 from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
-from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.checkpointing import (
+    checkpoint_exists,
+    get_checkpoint_tracker_filename,
+    load_args_from_checkpoint,
+    read_metadata,
+)
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
@@ -26,6 +31,20 @@ from megatron_moe_comp.lsh_options import LshOptions
 from megatron_moe_comp.t5_options import T5Options
 
 LSH_STATE = "moe_lsh_state"
+NON_STRICT = ("log_unexpected", "log_all", "ignore_all")
+"""Values of --dist-ckpt-strictness that ask for what fits."""
+
+
+class CheckpointToLoad(NamedTuple):
+    """Where Megatron will find a checkpoint."""
+
+    option: str
+    """The flag that names `directory`."""
+    directory: str
+    iteration: int
+    is_release: bool
+    is_strict: bool
+    """Whether all of the model must be in the checkpoint, and all of it in the model."""
 
 
 class _FlagFactory(ArgumentGroupFactory):
@@ -108,6 +127,27 @@ def parse_and_validate_args(
     compression_config_from_args(megatron_arguments.parse_args(provider))
     args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
     return args, compression_config_from_args(args)
+
+
+def checkpoint_to_load() -> CheckpointToLoad | None:
+    """Returns the checkpoint that Megatron will load into the model, or None.
+
+    None, too, for what Megatron chooses among on its own: non-persistent checkpoints.
+    """
+    args = get_args()
+    if args.non_persistent_ckpt_type is not None or args.moe_use_upcycling:
+        return None
+    option, directory = "--load", args.load
+    if args.pretrained_checkpoint is not None and not checkpoint_exists(directory):
+        option, directory = "--pretrained-checkpoint", args.pretrained_checkpoint
+    iteration, is_release = -1, False
+    if checkpoint_exists(directory):
+        iteration, is_release = read_metadata(get_checkpoint_tracker_filename(directory))
+    iteration = args.ckpt_step or iteration
+    if directory is None or iteration == -1:
+        return None
+    is_strict = args.dist_ckpt_strictness not in NON_STRICT
+    return CheckpointToLoad(option, directory, iteration, is_release, is_strict)
 
 
 def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:

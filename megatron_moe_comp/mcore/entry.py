@@ -15,6 +15,7 @@ from megatron.training.utils import is_rank0
 
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
+from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
 from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.stats_logging import StatsLogger
@@ -74,6 +75,7 @@ def train(
         arguments.lsh_state_of_checkpoint,
         arguments.keep_lsh_state,
     ).attach(model_config, len(layer_names))
+    model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
     datasets_provider.is_distributed = True
     try:
         pretrain(
