@@ -42,6 +42,9 @@ LEVELS = {
     "mcore.stats_logging": 5,
     "mcore.t5_specs": 5,
     "mcore.t5_model": 5,
+    "mcore.t5_batches": 5,
+    "mcore.greedy_decoding": 5,
+    "mcore.answers": 5,
     "mcore.entry": 6,
 }
 FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_")

@@ -76,6 +76,7 @@ def train(
         arguments.keep_lsh_state,
     ).attach(model_config, len(layer_names))
     model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
+    # Every rank calls it: the datasets know which ranks read.
     datasets_provider.is_distributed = True
     try:
         pretrain(
