@@ -40,6 +40,7 @@ LEVELS = {
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
     "mcore.stats_logging": 5,
+    "mcore.upcycling": 5,
     "mcore.t5_specs": 5,
     "mcore.t5_model": 5,
     "mcore.t5_batches": 5,

@@ -83,6 +83,34 @@ def t5_options_from_args(args: Namespace) -> T5Options:
     return T5Options(**{field.name: getattr(args, field.name) for field in fields(T5Options)})
 
 
+def add_upcycling_args(parser: ArgumentParser) -> ArgumentParser:
+    """Returns `parser` with --upcycle-from (an `extra_args_provider`)."""
+    group = parser.add_argument_group(title="starting points")
+    group.add_argument(
+        "--upcycle-from",
+        metavar="DIR",
+        help="Start from the dense model whose checkpoint is in DIR: each expert is a copy of its "
+        "layer's feed-forward, the routers are new. A checkpoint in --load comes first.",
+    )
+    return parser
+
+
+def check_upcycling_args(args: Namespace) -> None:
+    """Raises ValueError for options that --upcycle-from cannot work with."""
+    if args.upcycle_from is None:
+        return
+    for option, why in (
+        ("pretrained_checkpoint", "it is where to start from, too"),
+        ("moe_use_upcycling", "it is Megatron's own conversion"),
+        ("spec", "what the layers of the dense model are is not known"),
+    ):
+        if getattr(args, option):
+            raise ValueError(
+                f"--upcycle-from={args.upcycle_from}: not with --{option.replace('_', '-')}, since "
+                f"{why}. Drop one of them."
+            )
+
+
 def compression_config_from_args(args: Namespace) -> CompressionConfig:
     """Returns the CompressionConfig that the flags ask for, checked against the model's options.
 
@@ -118,13 +146,16 @@ def parse_and_validate_args(
         extra_args_providers: applied to the parser after our own flags.
 
     Raises:
-        ValueError: see `compression_config_from_args`.
+        ValueError: see `compression_config_from_args` and `check_upcycling_args`.
     """
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
-        return reduce(lambda p, add: add(p), extra_args_providers, add_compression_args(parser))
+        ours = (add_compression_args, add_upcycling_args)
+        return reduce(lambda p, add: add(p), (*ours, *extra_args_providers), parser)
 
-    compression_config_from_args(megatron_arguments.parse_args(provider))
+    unchecked = megatron_arguments.parse_args(provider)
+    check_upcycling_args(unchecked)
+    compression_config_from_args(unchecked)
     args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
     return args, compression_config_from_args(args)
 
@@ -140,13 +171,20 @@ def checkpoint_to_load() -> CheckpointToLoad | None:
     option, directory = "--load", args.load
     if args.pretrained_checkpoint is not None and not checkpoint_exists(directory):
         option, directory = "--pretrained-checkpoint", args.pretrained_checkpoint
-    iteration, is_release = -1, False
+    is_strict = args.dist_ckpt_strictness not in NON_STRICT
+    return checkpoint_in(option, directory, args.ckpt_step, is_strict)
+
+
+def checkpoint_in(
+    option: str, directory: str | None, iteration: int | None = None, is_strict: bool = True
+) -> CheckpointToLoad | None:
+    """Returns the latest checkpoint in a directory, or that of an iteration, or None."""
+    latest, is_release = -1, False
     if checkpoint_exists(directory):
-        iteration, is_release = read_metadata(get_checkpoint_tracker_filename(directory))
-    iteration = args.ckpt_step or iteration
+        latest, is_release = read_metadata(get_checkpoint_tracker_filename(directory))
+    iteration = iteration or latest
     if directory is None or iteration == -1:
         return None
-    is_strict = args.dist_ckpt_strictness not in NON_STRICT
     return CheckpointToLoad(option, directory, iteration, is_release, is_strict)
 
 

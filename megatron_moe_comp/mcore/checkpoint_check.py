@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import mpu
@@ -77,27 +78,57 @@ def check_checkpoint(
         ValueError: on all ranks, if the checkpoint does not fit on any.
     """
     checkpoint = find()
-    if checkpoint is None:
-        return models
+    if checkpoint is not None and any(paths := checkpoint_paths(checkpoint)):
+        require_fit(checkpoint, paths, unwrap_model(models))
+    return models
+
+
+class CheckpointPaths(NamedTuple):
+    """Where a checkpoint is; one of them is None, and both where it is missing or unknown."""
+
+    sharded: Path | None
+    """Directory of a `torch_dist` checkpoint."""
+    file_of_rank: Path | None
+    """File of this rank in a `torch` checkpoint, there or not."""
+
+
+def checkpoint_paths(
+    checkpoint: CheckpointToLoad, expert_parallel: bool | None = None
+) -> CheckpointPaths:
+    """Returns where the checkpoint is.
+
+    Args:
+        checkpoint: as it was found.
+        expert_parallel: whether it has files per expert parallel rank; by default, as training.
+    """
     where = checkpoint.directory, checkpoint.iteration, checkpoint.is_release
     directory = Path(get_checkpoint_name(*where, return_base_dir=True))
-    chunks = unwrap_model(models)
-    if not directory.is_dir():
-        return models
-    if check_is_distributed_checkpoint(str(directory)):
-        mine = compare_sharded(directory, chunks)
-    elif any(directory.glob("mp_rank_*")):
-        mine = compare_file_of_rank(Path(get_checkpoint_name(*where)), chunks)
+    if directory.is_dir() and check_is_distributed_checkpoint(str(directory)):
+        return CheckpointPaths(directory, None)
+    if any(directory.glob("mp_rank_*")):
+        path = get_checkpoint_name(*where, expert_parallel=expert_parallel)
+        return CheckpointPaths(None, Path(path))
+    return CheckpointPaths(None, None)
+
+
+def require_fit(
+    checkpoint: CheckpointToLoad, paths: CheckpointPaths, chunks: list[MegatronModule]
+) -> None:
+    """Raises ValueError on all ranks if the checkpoint does not fit on any; a collective."""
+    if paths.sharded:
+        mine = compare_sharded(paths.sharded, chunks)
     else:
-        return models
+        mine = compare_file_of_rank(paths.file_of_rank, chunks)
     found = Differences().union(gather_over_ranks(mine))
     if not found:
-        return models
-    text = f"{checkpoint.option} {checkpoint.directory}: {directory.name} " + describe(found)
+        return
+    text = (
+        f"{checkpoint.option}={checkpoint.directory}: the checkpoint of iteration "
+        f"{checkpoint.iteration} does not fit the model.\n{describe(found)}"
+    )
     if checkpoint.is_strict or found.reshaped or found.missing_files:
         raise ValueError(text)
     print_rank_0(f"WARNING: {text}")
-    return models
 
 
 def compare_sharded(directory: Path, models: list[MegatronModule]) -> Differences:
@@ -110,12 +141,8 @@ def compare_sharded(directory: Path, models: list[MegatronModule]) -> Difference
         for name, tensor in sorted(load_tensors_metadata(str(directory)).items())
         if not OF_OPTIMIZER.match(name)
     }
-    # The metadata decides by which names and shapes the model looks for its tensors.
-    metadata = load_content_metadata(str(directory)) or {}
-    metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
     wanted: dict[str, ShardedTensor] = {}
-    for model in models:
-        state = model.sharded_state_dict(metadata=metadata)
+    for state in sharded_states(directory, models):
         apply_factories(state)
         wanted |= {t.key: t for t in nested_values(state) if isinstance(t, ShardedTensor)}
     found = Differences()
@@ -131,6 +158,14 @@ def compare_sharded(directory: Path, models: list[MegatronModule]) -> Difference
         name: shape for (name, shape), n in zip(saved.items(), counts, strict=True) if not n
     }
     return found
+
+
+def sharded_states(directory: Path, models: list[MegatronModule]) -> list[dict[str, Any]]:
+    """Returns the models' tensors under the names by which a `torch_dist` checkpoint has them."""
+    # It depends on the checkpoint's metadata by which names and in which shapes.
+    metadata = load_content_metadata(str(directory)) or {}
+    metadata["dp_cp_group"] = mpu.get_data_parallel_group(with_context_parallel=True)
+    return [model.sharded_state_dict(metadata=metadata) for model in models]
 
 
 def compare_file_of_rank(path: Path, models: list[MegatronModule]) -> Differences:
@@ -166,7 +201,7 @@ def _shapes(state: dict[str, object]) -> Shapes:
 
 def describe(found: Differences) -> str:
     """Returns the differences as text, with a remedy."""
-    parts = ["does not fit the model."]
+    parts = []
     for title, lines in (
         (
             "missing in the checkpoint",
@@ -208,8 +243,8 @@ def remedy(found: Differences) -> str:
         )
     if has_experts and not lacks_experts:
         return (
-            "The checkpoint is of a model with experts: repeat its --num-experts and "
-            "--moe-layer-freq, or take them from it with --use-checkpoint-args."
+            "The checkpoint is of a model with experts: give it to --load, with its --num-experts "
+            "and --moe-layer-freq, or with --use-checkpoint-args, which takes them from it."
         )
     text = (
         "Repeat the model options that the checkpoint was saved with, or take them from it with "

@@ -19,6 +19,7 @@ from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
 from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.stats_logging import StatsLogger
+from megatron_moe_comp.mcore.upcycling import use_upcycling
 
 SPIKY_LOSS_FACTOR = 10
 
@@ -75,6 +76,8 @@ def train(
         arguments.lsh_state_of_checkpoint,
         arguments.keep_lsh_state,
     ).attach(model_config, len(layer_names))
+    if args.upcycle_from is not None:
+        use_upcycling(model_config, args.upcycle_from, arguments.checkpoint_to_load)
     model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
     # Every rank calls it: the datasets know which ranks read.
     datasets_provider.is_distributed = True

@@ -1,124 +1,26 @@
 """The check against Megatron's own loading, from one layout and model to another."""
 
-from functools import cache, partial
-from pathlib import Path
-from queue import Queue
-
 import pytest
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tests.end_to_end.tiny_training import initialize
-from tests.gloo import GlooPool
-
-LAYOUTS = {
-    "ep2": (2, {"expert_model_parallel_size": 2}),
-    "ep4": (4, {"expert_model_parallel_size": 4}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
-}
-SWIGLU = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
-UNTIED = {"share_embeddings_and_output_weights": False}
-DENSE = {"num_moe_experts": None}
-ALTERNATE = {"moe_layer_freq": [0, 1]}
-ITERATION = 3
+from tests.mcore.saved_models import (
+    ALTERNATE,
+    DENSE,
+    ITERATION,
+    SWIGLU,
+    T5,
+    UNTIED,
+    build,
+    make_config,
+    metadata,
+    save,
+)
 
 
-@pytest.fixture(scope="module")
-def pools():
-    """Returns the pool of a layout by its name, each started once."""
-    started = []
-
-    @cache
-    def start(layout):
-        ranks, groups = LAYOUTS[layout]
-        started.append(GlooPool(ranks, partial(initialize, groups=groups)))
-        return started[-1]
-
-    yield start
-    for pool in started:
-        pool.close()
-
-
-def build(layout, changes):
-    """Returns this rank's model, wrapped as for training, with random weights."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-
-    from megatron_moe_comp.config import CompressionConfig
-    from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
-
-    groups = LAYOUTS[layout][1]
-    options = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_moe_experts": 4,
-        "moe_router_topk": 2,
-        "moe_token_dispatcher_type": "alltoall",
-        "add_bias_linear": False,
-        "transformer_impl": "local",
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "pipeline_dtype": torch.float32,
-        "sequence_parallel": "tensor_model_parallel_size" in groups,
-        **groups,
-    }
-    of_model = {"vocab_size": 64, "seq_length": 8, "share_embeddings_and_output_weights": True}
-    for name, value in changes.items():
-        (of_model if name in of_model else options)[name] = value
-    model_config = GPTModelConfig(transformer=TransformerConfig(**options), **of_model)
-    use_compressed_moe(model_config, CompressionConfig(moe_a2a_compress="none"), lambda: None)
-    model_parallel_cuda_manual_seed(1)
-    return GPTModelBuilder(model_config).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(), DistributedDataParallelConfig()
-    )
-
-
-def metadata():
-    from megatron.core import mpu
-
-    return {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
-def save(rank, directory, layout, changes, kind):
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+def save_model(rank, directory, layout, changes, kind):
     from megatron.core.utils import unwrap_model
-    from megatron.training.checkpointing import get_checkpoint_name
 
-    # In the place of one in a further process, which those of a pool may not start.
-    filesystem_async._results_queue = Queue()
-    (model,) = unwrap_model(build(layout, changes))
-    if kind == "torch":
-        path = Path(get_checkpoint_name(directory, ITERATION))
-        path.parent.mkdir(parents=True)
-        torch.save({"model": model.state_dict(), "iteration": ITERATION}, path)
-        return
-    path = Path(get_checkpoint_name(directory, ITERATION, return_base_dir=True))
-    path.mkdir(parents=True, exist_ok=True)
-    content = {"model": model.sharded_state_dict(metadata=metadata()), "iteration": ITERATION}
-    # What the check must leave aside: the optimizer's copy of a tensor, under its own name.
-    (name,) = [key for key in content["model"] if key.endswith("final_layernorm.weight")] or [None]
-    if name:
-        content["optimizer"] = replaced_key(content["model"][name])
-    saved = {key: value for key, value in metadata().items() if key != "dp_cp_group"}
-    dist_checkpointing.save(content, str(path), content_metadata=saved)
-
-
-def replaced_key(tensor):
-    from dataclasses import replace
-
-    return replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
+    save(directory, *unwrap_model(build(make_config(layout, changes))), kind)
 
 
 def check(rank, directory, layout, changes, is_strict=True):
@@ -130,7 +32,7 @@ def check(rank, directory, layout, changes, is_strict=True):
     from megatron_moe_comp.mcore import checkpoint_check
     from megatron_moe_comp.mcore.arguments import CheckpointToLoad
 
-    models = build(layout, changes)
+    models = build(make_config(layout, changes))
     checkpoint = CheckpointToLoad("--load", directory, ITERATION, False, is_strict)
     printed, ours, theirs = [], None, None
     checkpoint_check.print_rank_0 = printed.append
@@ -152,7 +54,7 @@ def check(rank, directory, layout, changes, is_strict=True):
 
 def attempt(pools, directory, saved, loaded, kind="torch_dist", is_strict=True):
     """Returns `check`'s results, the same on all ranks but for Megatron's."""
-    pools(saved[0]).run(save, str(directory), *saved, kind)
+    pools(saved[0]).run(save_model, str(directory), *saved, kind)
     results = pools(loaded[0]).run(check, str(directory), *loaded, is_strict)
     assert len({ours for ours, _, _ in results}) == 1
     return results
@@ -165,6 +67,7 @@ FITS = {
     "PP 2 to TP 2": (("pp2", SWIGLU | UNTIED), ("tp2", SWIGLU | UNTIED)),
     "TP 2 to EP 2, alternate layers": (("tp2", ALTERNATE), ("ep2", ALTERNATE)),
     "alternate layers, PP 2": (("ep2", ALTERNATE | SWIGLU), ("pp2", ALTERNATE | SWIGLU)),
+    "T5": (("tp2", T5 | ALTERNATE), ("ep2", T5 | ALTERNATE)),
     "a vocabulary padded otherwise": (("ep2", UNTIED), ("ep2", UNTIED | {"vocab_size": 128})),
 }
 
@@ -214,7 +117,7 @@ REFUSED = {
 @pytest.mark.parametrize(("saved", "loaded", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_one_error_names_what_megatron_cannot_load(pools, tmp_path, saved, loaded, words):
     results = attempt(pools, tmp_path, saved, loaded)
-    for word in (f"--load {tmp_path}: iter_0000003 does not fit the model", *words):
+    for word in (f"--load={tmp_path}: the checkpoint of iteration 3 does not fit", *words):
         assert word in results[0][0]
     assert "optimizer" not in results[0][0]
     assert any(theirs for _, _, theirs in results)
@@ -234,7 +137,7 @@ def test_a_load_that_was_asked_to_drop_it_warns(pools, tmp_path):
     ours, printed, _ = attempt(pools, tmp_path, *SHRUNK, is_strict=False)[0]
     assert ours is None
     (line,) = printed
-    assert line.startswith("WARNING: --load ")
+    assert line.startswith("WARNING: --load=")
     assert "output_layer.weight" in line
 
 
@@ -263,7 +166,7 @@ def nothing_to_load(rank, directory):
     from megatron_moe_comp.mcore.arguments import CheckpointToLoad
     from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 
-    models = build("ep2", {})
+    models = build(make_config("ep2", {}))
     absent = CheckpointToLoad("--load", directory, 7, False, True)
     return all(check_checkpoint(lambda x=x: x, models) is models for x in (None, absent))
 
