@@ -215,3 +215,9 @@ def current_step() -> TrainingStep:
     return TrainingStep(
         iteration=getattr(get_args(), "curr_iteration", 0), num_microbatches=get_num_microbatches()
     )
+
+
+def finished_iterations() -> int:
+    """Returns how many iterations the model has been trained for."""
+    args = get_args()
+    return max(args.iteration, getattr(args, "curr_iteration", -1) + 1)

@@ -79,6 +79,7 @@ def train(
     if args.upcycle_from is not None:
         use_upcycling(model_config, args.upcycle_from, arguments.checkpoint_to_load)
     model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
+    # Every rank calls it: the datasets know which ranks read.
     datasets_provider.is_distributed = True
     try:
         pretrain(

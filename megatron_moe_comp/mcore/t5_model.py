@@ -172,6 +172,9 @@ class T5MoEModel(T5Model):
             encoder_hidden_states: of an earlier call with the same encoder tokens.
             output_encoder_hidden_only: return these.
         """
+        if encoder_hidden_states is not None:
+            # Megatron's wrapper turned them into float32 on their way out.
+            encoder_hidden_states = encoder_hidden_states.to(self.config.params_dtype)
         self._padding = {self.encoder: ~encoder_mask, self.decoder: ~decoder_mask}
         masks = T5MaskedWordPieceDataset.config_attention_mask(
             encoder_mask.long(),
