@@ -88,13 +88,13 @@ def prepare(options: PrepareOptions, log: Callable[[str], None] = log_to_stderr)
             log(f"rebuilding {outputs.prefix}: changed since last time: {', '.join(changed)}")
         with outputs.building() as built:
             manifest = _build(built, options, corpus, model, fingerprint, log)
-            if _fingerprint_sources(corpus) != fingerprint["inputs"]:
-                raise PreparationError(_CHANGED_WHILE_READ)
+            if fingerprint_sources(corpus) != fingerprint["inputs"]:
+                raise PreparationError(CHANGED_WHILE_READ)
             manifest = outputs.publish(built, manifest)
     return Prepared(outputs, manifest, reused=False)
 
 
-_CHANGED_WHILE_READ = "an input file changed while it was read: run again when it is complete"
+CHANGED_WHILE_READ = "an input file changed while it was read: run again when it is complete"
 
 
 def _find_corpus(options: PrepareOptions) -> Corpus:
@@ -122,7 +122,7 @@ def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -
     """Everything that decides the files' content, as JSON keeps it; not the workers."""
     return {
         "format": _FORMAT,
-        "inputs": _fingerprint_sources(corpus),
+        "inputs": fingerprint_sources(corpus),
         "tokenizer_model": None if model is None else hashlib.sha256(model).hexdigest(),
         "vocab_size": (options.vocab_size or DEFAULT_VOCAB_SIZE) if model is None else None,
         "split": list(options.split),
@@ -132,7 +132,7 @@ def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -
     }
 
 
-def _fingerprint_sources(corpus: Corpus) -> str:
+def fingerprint_sources(corpus: Corpus) -> str:
     """A digest of each file's name, size and modification time, as make would judge them."""
     digest = hashlib.sha256()
     for source in corpus.sources:
@@ -239,12 +239,12 @@ def _assigned_texts(corpus: Corpus, options: PrepareOptions, scan: Scan) -> Iter
         if _is_empty(document):
             continue
         if count == len(scan.split_of_document):
-            raise PreparationError(_CHANGED_WHILE_READ)
+            raise PreparationError(CHANGED_WHILE_READ)
         split = int(scan.split_of_document[count])
         yield AssignedText(split, document.text, document.size)
         count += 1
     if count != len(scan.split_of_document):
-        raise PreparationError(_CHANGED_WHILE_READ)
+        raise PreparationError(CHANGED_WHILE_READ)
 
 
 def _write_token_files(

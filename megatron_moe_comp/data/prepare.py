@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
-from megatron_moe_comp.data.errors import PreparationError
+from megatron_moe_comp.data.errors import run_command
 from megatron_moe_comp.data.options import PrepareOptions, default_workers
 from megatron_moe_comp.data.outputs import Manifest
 from megatron_moe_comp.data.pipeline import Prepared, prepare
@@ -150,22 +150,15 @@ def _format_remarks(manifest: Manifest) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit status, 2 for what the user can put right."""
-    try:
+    """Run the command line; the process's exit status."""
+
+    def run() -> None:
         prepared = prepare(parse_options(arguments))
-    except PreparationError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare: interrupted: run the same command again", file=sys.stderr)
-        return 130
-    if prepared.reused:
-        print(f"already prepared, nothing to do: {prepared.outputs.manifest}")
-    print(format_summary(prepared))
-    return 0
+        if prepared.reused:
+            print(f"already prepared, nothing to do: {prepared.outputs.manifest}")
+        print(format_summary(prepared))
+
+    return run_command("prepare", run)
 
 
 if __name__ == "__main__":
