@@ -22,7 +22,7 @@ from megatron_moe_comp.data.splits import SPLIT_NAMES
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What one split holds; ``tokens`` includes the end-of-document id of each document."""
+    """What one split holds; ``tokens`` includes the end-of-document ids."""
 
     documents: int = 0
     bytes: int = 0
@@ -61,13 +61,16 @@ class AnyManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(AnyManifest):
-    """What token files were made from, and what they hold."""
+    """What token files were made from, and what they hold.
+
+    ``end_of_document`` is the id after each document, None where only the index tells its end.
+    """
 
     split_class = SplitStatistics
 
     splits: dict[str, SplitStatistics]
     vocab_size: int
-    end_of_document: int
+    end_of_document: int | None
     token_dtype: str
     empty_documents: int
     ignored_files: int
