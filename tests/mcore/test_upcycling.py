@@ -103,7 +103,7 @@ CASES = {
     "TP 2": (("tp2 etp2", SWIGLU | UNTIED), "tp2 etp2", ALTERNATE),
     "TP 2, other layout": (("one", SWIGLU), "tp2 etp2", {}),
     "TP 2, files": (("tp2 etp2", {}), "tp2 etp2 ep2", ALTERNATE, "torch"),
-    "T5": (("one", T5 | UNTIED), "ep2", ALTERNATE),
+    "T5": (("one", T5 | UNTIED), "ep2", ALTERNATE, "release"),
     "T5, TP 2": (("one", T5 | SWIGLU), "tp2 etp2", ALTERNATE),
     "sigmoid": (("one", {}), "ep2", {"moe_router_score_function": "sigmoid"}),
 }
