@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_moe_comp.data import splits
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
@@ -31,6 +32,7 @@ class PrepareOptions:
 
     output_prefix: str
     inputs: tuple[str, ...] = ()
+    model: Literal["gpt", "t5"] = "gpt"
     tokenizer_model: str | None = None
     vocab_size: int | None = None
     workers: int = field(default_factory=default_workers)
