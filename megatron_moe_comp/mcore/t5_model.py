@@ -196,6 +196,19 @@ class T5MoEModel(T5Model):
         self._padding = {}
         return output
 
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Returns what a checkpoint holds; see T5Model.sharded_state_dict.
+
+        The output layer has two names here, and Megatron lets the padding of the vocabulary,
+        which depends on the tensor parallel size, differ from the checkpoint's under one of them.
+        """
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        for name in ("weight", "bias"):
+            tensor = state.get(f"{prefix}lm_head.output_layer.{name}")
+            if tensor is not None:
+                tensor.allow_shape_mismatch = True
+        return state
+
     def _with_padding_mask(
         self, block: TransformerBlock, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
