@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_moe_comp.data.errors import PreparationError, run_command
 from megatron_moe_comp.data.glue_tasks import TASKS, Unlabelled, convert_row
+from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import Outputs
 from megatron_moe_comp.data.pairs import FoundLines
 
@@ -211,7 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output-prefix",
         required=True,
-        type=Path,
         metavar="PREFIX",
         help="beginning of every output path",
     )
@@ -223,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     def run() -> None:
-        lines = convert_task(args.task, args.input, args.output_prefix, args.skip_bad_rows)
+        check_prefix(args.output_prefix)
+        prefix = Path(args.output_prefix)
+        lines = convert_task(args.task, args.input, prefix, args.skip_bad_rows)
         print("\n".join(lines))
 
     return run_command("glue", run)
