@@ -13,6 +13,7 @@ from megatron_moe_comp.data import corpora, splits
 from megatron_moe_comp.data.corpora import BadDocument, Corpus
 from megatron_moe_comp.data.errors import PreparationError
 from megatron_moe_comp.data.function_names import Function, cut_at_line, find_functions, mask_name
+from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import AnyManifest, Outputs
 from megatron_moe_comp.data.pipeline import CHANGED_WHILE_READ, fingerprint_sources, log_to_stderr
 from megatron_moe_comp.data.tokenizer import T5, load_tokenizer, sample_windows, train_tokenizer
@@ -41,6 +42,7 @@ class PairsOptions:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        check_prefix(self.output_prefix)
         if self.max_input_tokens < 8:
             raise PreparationError(
                 f"--max-input-tokens {self.max_input_tokens}: must be 8 or more for a line to fit"

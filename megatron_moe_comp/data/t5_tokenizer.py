@@ -76,9 +76,14 @@ class T5Tokenizer:
         return self._processor.encode(list(texts), num_threads=num_threads)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids`` up to the first end, without padding."""
+        """The text of ``ids`` up to the first end, without padding.
+
+        Ids past the vocabulary, to which Megatron pads a model's output layer, have no text either.
+        """
         until_end = takewhile(lambda id_: id_ != self.eos_id, map(int, ids))
-        return self._processor.decode([id_ for id_ in until_end if id_ != self.pad_id])
+        return self._processor.decode(
+            [id_ for id_ in until_end if id_ != self.pad_id and id_ < self.vocab_size]
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

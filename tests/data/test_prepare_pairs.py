@@ -219,6 +219,7 @@ def test_slice_of_the_standard_library(tmp_path, monkeypatch, capsys):
         ("--input {tmp}/empty.py", "0 document(s) cannot fill 3 splits"),
         ("--input {tmp}/latin.py", "latin.py: byte 2 (0xff) is not valid UTF-8"),
         ("--input {tmp}/none", "none: does not exist"),
+        ("--output-prefix {tmp}/", "not a directory but the beginning of file names"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message, python_files, tmp_path, capsys):
@@ -229,7 +230,9 @@ def test_what_cannot_be_is_refused(options, message, python_files, tmp_path, cap
         arguments += ["--input", str(python_files)]
     if "--vocab-size" not in arguments:
         arguments += ["--vocab-size", "430"]
-    assert main([*arguments, "--output-prefix", str(tmp_path / "out")]) == 2
+    if "--output-prefix" not in arguments:
+        arguments += ["--output-prefix", str(tmp_path / "out")]
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out_*"))
 
