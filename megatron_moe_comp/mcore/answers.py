@@ -40,6 +40,7 @@ class AnswerEvaluation:
         pairs: of each split.
         num_samples: most lines of a file that are answered, evenly spread over it.
         batch_size: lines that a rank answers at a time.
+        max_input_tokens: most tokens of an input.
         max_tokens: most tokens of an answer.
         predictions: where to write all answers, or None.
         iteration: returns how many iterations the model has been trained for.
@@ -55,6 +56,7 @@ class AnswerEvaluation:
         *,
         num_samples: int,
         batch_size: int,
+        max_input_tokens: int,
         max_tokens: int,
         predictions: str | None,
         iteration: Callable[[], int],
@@ -63,6 +65,7 @@ class AnswerEvaluation:
         self._pairs = pairs
         self._num_samples = num_samples
         self._batch_size = batch_size
+        self._max_input_tokens = max_input_tokens
         self._max_tokens = max_tokens
         self._predictions = Path(predictions) if predictions else None
         self._iteration = iteration
@@ -136,7 +139,8 @@ class AnswerEvaluation:
     def _predict(self, model: MegatronModule, inputs: list[np.ndarray]) -> list[str]:
         """Returns an answer to each input; without any, the model runs on padding all the same."""
         parallel = mpu.get_tensor_model_parallel_world_size()
-        width = rounded_length(max(map(len, inputs), default=1), parallel)
+        longest = max(map(len, inputs), default=1)
+        width = rounded_length(longest, parallel, limit=self._max_input_tokens)
         tokens = torch.full((max(len(inputs), 1), width), self._tokenizer.pad_id)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         mask[:, 0] = True
