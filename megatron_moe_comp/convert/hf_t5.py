@@ -2,7 +2,8 @@
 
     python -m megatron_moe_comp.convert.hf_t5 --input flan-t5-base --output flan-t5-base-megatron
 
-Nothing is downloaded. The checkpoint is dense, in float32, and loads with any tensor parallel size.
+Nothing is downloaded. The checkpoint is dense, in float32, and loads with every tensor parallel
+size that divides heads and vocabulary.
 """
 
 import argparse
@@ -22,12 +23,9 @@ from megatron_moe_comp.convert.hf_t5_files import (
 )
 from megatron_moe_comp.convert.t5_weights import HEAD_OF_MEGATRON, megatron_t5_weights
 from megatron_moe_comp.data.errors import PreparationError
-from megatron_moe_comp.data.tokenizer import load_tokenizer
 
 _PROGRAM = "python -m megatron_moe_comp.convert.hf_t5"
 MODEL_ARGS = "model.args"
-VOCAB_MULTIPLE = 128
-"""Megatron's default of --make-vocab-size-divisible-by."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,21 +69,17 @@ def convert(source: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         (output / TOKENIZER).write_bytes(tokenizer)
-        flags += tokenizer_flags(
-            output / TOKENIZER, load_tokenizer(tokenizer).vocab_size(), config.vocab_size
-        )
+        flags += ["--tokenizer-type", "SentencePieceTokenizer"]
+        flags += ["--tokenizer-model", str(output / TOKENIZER)]
     # Importing Megatron takes seconds, which a refusal need not wait for.
     from megatron_moe_comp.convert.t5_checkpoint import save_t5
 
-    num_weights = save_t5(flags, config.vocab_size, weights, output)
+    num_weights = save_t5(flags, weights, output)
     (output / MODEL_ARGS).write_text(" ".join(flags) + "\n")
     print(f"wrote {output}: {num_weights:,} weights. Flags of the model, in {output}/{MODEL_ARGS}:")
     print("  " + " ".join(flags))
     if tokenizer is None:
-        print(
-            f"{source} has no {TOKENIZER}: give --tokenizer-type and --tokenizer-model yourself, "
-            f"and a --make-vocab-size-divisible-by that makes {config.vocab_size:,} of its pieces"
-        )
+        print(f"{source} has no {TOKENIZER}: add --tokenizer-type and --tokenizer-model yourself")
 
 
 def model_flags(config: T5Config, tied: bool) -> list[str]:
@@ -101,30 +95,14 @@ def model_flags(config: T5Config, tied: bool) -> list[str]:
         "norm-epsilon": f"{config.layer_norm_epsilon:g}",
         "relative-attention-num-buckets": config.relative_attention_num_buckets,
         "relative-attention-max-distance": config.relative_attention_max_distance,
+        # Rounded up from the tokenizer's it would depend on the tensor parallel size, and the rows
+        # that the checkpoint lacks would take part in the softmax.
+        "padded-vocab-size": config.vocab_size,
         "t5-activation": ACTIVATIONS[config.feed_forward_proj],
     }
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     flags += ["--t5-relative-positions", "--disable-bias-linear"]
     return flags if tied else [*flags, "--untie-embeddings-and-output-weights"]
-
-
-def tokenizer_flags(path: Path, pieces: int, vocab_size: int) -> list[str]:
-    """Returns Megatron's flags of a tokenizer that make an embedding of `vocab_size` rows.
-
-    Args:
-        path: of the SentencePiece model.
-        pieces: how many it has, at most `vocab_size`.
-        vocab_size: rows of the embedding.
-    """
-    # Megatron rounds the number of pieces up to a multiple.
-    multiples = (VOCAB_MULTIPLE, *range(1, vocab_size + 1))
-    multiple = next(m for m in multiples if -(-pieces // m) * m == vocab_size)
-    values = {
-        "tokenizer-type": "SentencePieceTokenizer",
-        "tokenizer-model": path,
-        "make-vocab-size-divisible-by": multiple,
-    }
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def _check_output(output: Path) -> None:

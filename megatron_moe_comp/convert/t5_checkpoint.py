@@ -1,8 +1,10 @@
 """Writes a T5's weights as a Megatron checkpoint, from one process on the CPU."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,9 +22,7 @@ FLAGS = """
 """
 
 
-def save_t5(
-    flags: Sequence[str], vocab_size: int, weights: dict[str, torch.Tensor], output: Path
-) -> int:
+def save_t5(flags: Sequence[str], weights: dict[str, torch.Tensor], output: Path) -> int:
     """Writes the checkpoint that the flags and weights describe; returns how many weights it has.
 
     It is a release checkpoint: training starts at iteration 0, with a new optimizer. It replaces
@@ -30,15 +30,14 @@ def save_t5(
 
     Args:
         flags: of Megatron and finetune_t5_moe.py, for the model.
-        vocab_size: rows of the embedding; what the tokenizer lacks of them is kept.
         weights: float32, by parameter name.
         output: directory of the checkpoint.
     """
     # Megatron would take the first GPU; the host has room for larger models.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.argv[1:] = [*flags, *FLAGS.split(), "--save", str(output)]
-    args, _ = entry.parse_args(arguments.add_t5_args)
-    args.padded_vocab_size = vocab_size
+    with redirect_stdout(io.StringIO()):  # of Megatron's list of several hundred arguments
+        args, _ = entry.parse_args(arguments.add_t5_args)
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_moe_comp.data import splits
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
@@ -18,6 +19,15 @@ def default_workers() -> int:
     return min(_MAX_WORKERS, usable)
 
 
+def check_prefix(prefix: str) -> None:
+    """Raise PreparationError if the output prefix names a directory instead of files in it."""
+    if not prefix or prefix.endswith(os.sep):
+        raise PreparationError(
+            f"--output-prefix {prefix!r}: not a directory but the beginning of file names is "
+            f"needed, such as {os.path.join(prefix, 'corpus')}"
+        )
+
+
 @dataclass(frozen=True)
 class PrepareOptions:
     """What to prepare; the fields are the command line's options.
@@ -31,6 +41,7 @@ class PrepareOptions:
 
     output_prefix: str
     inputs: tuple[str, ...] = ()
+    model: Literal["gpt", "t5"] = "gpt"
     tokenizer_model: str | None = None
     vocab_size: int | None = None
     workers: int = field(default_factory=default_workers)
@@ -41,12 +52,7 @@ class PrepareOptions:
     skip_bad_input: bool = False
 
     def __post_init__(self) -> None:
-        prefix = self.output_prefix
-        if not prefix or prefix.endswith(os.sep):
-            raise PreparationError(
-                f"--output-prefix {prefix!r}: not a directory but the beginning of file names is "
-                f"needed, such as {os.path.join(prefix, 'corpus')}"
-            )
+        check_prefix(self.output_prefix)
         if self.workers < 1:
             raise PreparationError(
                 f"--workers {self.workers}: must be 1 or more: 1 encodes without further processes"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from megatron_moe_comp.data.errors import PreparationError
 from megatron_moe_comp.data.splits import SPLIT_NAMES
@@ -22,7 +22,7 @@ from megatron_moe_comp.data.splits import SPLIT_NAMES
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """What one split holds; ``tokens`` includes the end-of-document id of each document."""
+    """What one split holds; ``tokens`` includes the end-of-document ids."""
 
     documents: int = 0
     bytes: int = 0
@@ -30,22 +30,19 @@ class SplitStatistics:
     unknown_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What the files of a prefix were made from, and what they hold.
+@dataclass(frozen=True, kw_only=True)
+class AnyManifest:
+    """What the files of a prefix were made from.
 
     ``fingerprint`` is every option and input that decides their content, ``files`` their names
-    and sizes in bytes.
+    and sizes in bytes. A subclass adds what they hold, with ``splits``, each of its
+    ``split_class``.
     """
 
+    split_class: ClassVar[type]
+
     fingerprint: dict[str, Any]
-    splits: dict[str, SplitStatistics]
-    vocab_size: int
-    end_of_document: int
-    token_dtype: str
-    empty_documents: int
-    ignored_files: int
-    bad_documents: list[str]
+    splits: dict[str, Any]
     files: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -53,13 +50,31 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: str) -> Self:
         """The manifest that :meth:`to_json` wrote; ValueError or TypeError for any other text."""
         fields = json.loads(text)
         if not isinstance(fields, dict) or not isinstance(fields.get("splits"), dict):
             raise ValueError("not a manifest")
-        splits = {name: SplitStatistics(**split) for name, split in fields.pop("splits").items()}
+        splits = {name: cls.split_class(**split) for name, split in fields.pop("splits").items()}
         return cls(splits=splits, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(AnyManifest):
+    """What token files were made from, and what they hold.
+
+    ``end_of_document`` is the id after each document, None where only the index tells its end.
+    """
+
+    split_class = SplitStatistics
+
+    splits: dict[str, SplitStatistics]
+    vocab_size: int
+    end_of_document: int | None
+    token_dtype: str
+    empty_documents: int
+    ignored_files: int
+    bad_documents: list[str]
 
 
 @dataclass(frozen=True)
@@ -108,10 +123,14 @@ class Outputs:
         """The document lengths and positions of ``split``."""
         return self._named(f"_{split}.idx")
 
-    def read_manifest(self) -> Manifest | None:
-        """The manifest, if it is there and every file it lists has the size it says."""
+    def pairs(self, split: str) -> Path:
+        """The pairs of texts of ``split``, one JSON object a line."""
+        return self._named(f"_{split}.jsonl")
+
+    def read_manifest[M: AnyManifest](self, kind: type[M] = Manifest) -> M | None:
+        """The manifest, if it is of this kind and every file it lists has the size it says."""
         try:
-            manifest = Manifest.from_json(self.manifest.read_text(encoding="utf-8"))
+            manifest = kind.from_json(self.manifest.read_text(encoding="utf-8"))
             sizes = {name: self.prefix.with_name(name).stat().st_size for name in manifest.files}
         except (OSError, ValueError, TypeError):
             return None
@@ -150,7 +169,7 @@ class Outputs:
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def publish(self, built: "Outputs", manifest: Manifest) -> Manifest:
+    def publish[M: AnyManifest](self, built: "Outputs", manifest: M) -> M:
         """Replace what the prefix holds by the files ``built``; the manifest with their sizes.
 
         The cache goes too: its indices would cut the new tokens at the old documents' places.
@@ -166,6 +185,7 @@ class Outputs:
         for split in SPLIT_NAMES:
             self.bin(split).unlink(missing_ok=True)
             self.idx(split).unlink(missing_ok=True)
+            self.pairs(split).unlink(missing_ok=True)
         for path in files:
             os.replace(path, self.prefix.with_name(path.name))
         os.replace(built.manifest, self.manifest)

@@ -137,7 +137,7 @@ def read_pairs(
         )
     if not reader.line_starts:
         raise PreparationError(
-            f"{path}: holds no usable pair in {reader.num_lines} line(s) ({reader.bad.reasons()}): "
+            f"{path}: holds no usable pair ({reader.bad.reasons() or 'it is empty'}): "
             'write one object a line, such as {"input": "a question", "target": "its answer"}'
         )
     too_long = reader.describe_long()

@@ -25,6 +25,7 @@ from megatron_moe_comp.data.errors import PreparationError
 from megatron_moe_comp.data.options import PrepareOptions
 from megatron_moe_comp.data.outputs import Manifest, Outputs, SplitStatistics
 from megatron_moe_comp.data.tokenizer import (
+    CONVENTIONS,
     DEFAULT_VOCAB_SIZE,
     load_tokenizer,
     read_tokenizer,
@@ -74,7 +75,10 @@ def prepare(options: PrepareOptions, log: Callable[[str], None] = log_to_stderr)
         OSError: the files cannot be written, for instance on a full disk.
     """
     corpus = _find_corpus(options)
-    model = read_tokenizer(Path(options.tokenizer_model)) if options.tokenizer_model else None
+    model = None
+    if options.tokenizer_model:
+        needs = ("eos",) if options.model == "gpt" else ("eos", "pad", "sentinels")
+        model = read_tokenizer(Path(options.tokenizer_model), needs)
     fingerprint = _fingerprint(options, corpus, model)
     outputs = Outputs(Path(options.output_prefix))
     _check_tokenizer_is_no_output(options, outputs)
@@ -88,13 +92,13 @@ def prepare(options: PrepareOptions, log: Callable[[str], None] = log_to_stderr)
             log(f"rebuilding {outputs.prefix}: changed since last time: {', '.join(changed)}")
         with outputs.building() as built:
             manifest = _build(built, options, corpus, model, fingerprint, log)
-            if _fingerprint_sources(corpus) != fingerprint["inputs"]:
-                raise PreparationError(_CHANGED_WHILE_READ)
+            if fingerprint_sources(corpus) != fingerprint["inputs"]:
+                raise PreparationError(CHANGED_WHILE_READ)
             manifest = outputs.publish(built, manifest)
     return Prepared(outputs, manifest, reused=False)
 
 
-_CHANGED_WHILE_READ = "an input file changed while it was read: run again when it is complete"
+CHANGED_WHILE_READ = "an input file changed while it was read: run again when it is complete"
 
 
 def _find_corpus(options: PrepareOptions) -> Corpus:
@@ -122,7 +126,8 @@ def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -
     """Everything that decides the files' content, as JSON keeps it; not the workers."""
     return {
         "format": _FORMAT,
-        "inputs": _fingerprint_sources(corpus),
+        "inputs": fingerprint_sources(corpus),
+        "model": options.model,
         "tokenizer_model": None if model is None else hashlib.sha256(model).hexdigest(),
         "vocab_size": (options.vocab_size or DEFAULT_VOCAB_SIZE) if model is None else None,
         "split": list(options.split),
@@ -132,7 +137,7 @@ def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -
     }
 
 
-def _fingerprint_sources(corpus: Corpus) -> str:
+def fingerprint_sources(corpus: Corpus) -> str:
     """A digest of each file's name, size and modification time, as make would judge them."""
     digest = hashlib.sha256()
     for source in corpus.sources:
@@ -165,7 +170,7 @@ def _build(
             if splits.SPLIT_NAMES[item.split] == "train"
         )
         windows = sample_windows(train_texts, scan.train_characters)
-        model = train_tokenizer(windows, vocab_size)
+        model = train_tokenizer(windows, vocab_size, CONVENTIONS[options.model])
         log(f"trained the tokenizer in {time.monotonic() - began:.1f} s")
     built.tokenizer.write_bytes(model)
     processor = load_tokenizer(model)
@@ -175,7 +180,7 @@ def _build(
         fingerprint=fingerprint,
         splits=statistics,
         vocab_size=vocab_size,
-        end_of_document=processor.eos_id(),
+        end_of_document=processor.eos_id() if options.model == "gpt" else None,
         token_dtype=dtype,
         empty_documents=scan.empty_documents,
         ignored_files=corpus.ignored_files,
@@ -239,12 +244,12 @@ def _assigned_texts(corpus: Corpus, options: PrepareOptions, scan: Scan) -> Iter
         if _is_empty(document):
             continue
         if count == len(scan.split_of_document):
-            raise PreparationError(_CHANGED_WHILE_READ)
+            raise PreparationError(CHANGED_WHILE_READ)
         split = int(scan.split_of_document[count])
         yield AssignedText(split, document.text, document.size)
         count += 1
     if count != len(scan.split_of_document):
-        raise PreparationError(_CHANGED_WHILE_READ)
+        raise PreparationError(CHANGED_WHILE_READ)
 
 
 def _write_token_files(
@@ -262,13 +267,14 @@ def _write_token_files(
     writers = {name: TokenFileWriter(built.bin(name), built.idx(name), dtype) for name in names}
     tokens, unknown_tokens = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     texts = _assigned_texts(corpus, options, scan)
+    documents = encode_in_order(texts, options.model, model, dtype, options.workers)
     total_size = sum(split.bytes for split in scan.splits.values())
     with _progress("encoding", total_size) as progress:
-        for item, ids in encode_in_order(texts, model, dtype, options.workers):
+        for item, document in documents:
             name = splits.SPLIT_NAMES[item.split]
-            writers[name].add(ids)
-            tokens[name] += len(ids)
-            unknown_tokens[name] += int(np.count_nonzero(ids == processor.unk_id()))
+            writers[name].add(document)
+            tokens[name] += len(document.ids)
+            unknown_tokens[name] += int(np.count_nonzero(document.ids == processor.unk_id()))
             progress.update(item.size)
     for writer in writers.values():
         writer.close()

@@ -2,6 +2,7 @@
 
     python -m megatron_moe_comp.data.prepare --output-prefix data/stdlib
     python -m megatron_moe_comp.data.prepare --input notes/ more.jsonl --output-prefix data/mine
+    python -m megatron_moe_comp.data.prepare --model t5 --output-prefix data/stdlib_t5
 
 A second run with the same options and unchanged input returns at once; a run that was killed is
 run again.
@@ -12,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
-from megatron_moe_comp.data.errors import PreparationError
+from megatron_moe_comp.data.errors import run_command
 from megatron_moe_comp.data.options import PrepareOptions, default_workers
 from megatron_moe_comp.data.outputs import Manifest
 from megatron_moe_comp.data.pipeline import Prepared, prepare
 from megatron_moe_comp.data.splits import parse_split
-from megatron_moe_comp.data.tokenizer import DEFAULT_VOCAB_SIZE
+from megatron_moe_comp.data.tokenizer import CONVENTIONS, DEFAULT_VOCAB_SIZE
 
 _PROGRAM = "python -m megatron_moe_comp.data.prepare"
 
@@ -42,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="beginning of every output path"
+    )
+    parser.add_argument(
+        "--model",
+        choices=list(CONVENTIONS),
+        default="gpt",
+        help="gpt: documents that end with </s>; t5: a tokenizer with <pad>, </s> and 100 "
+        "sentinels, and documents as a sequence a line, for span corruption (default: %(default)s)",
     )
     parser.add_argument(
         "--tokenizer-model",
@@ -103,6 +111,7 @@ def parse_options(arguments: Sequence[str] | None) -> PrepareOptions:
     extensions = [part.strip() for part in args.extensions.split(",") if part.strip()]
     return PrepareOptions(
         output_prefix=args.output_prefix,
+        model=args.model,
         inputs=tuple(args.input),
         tokenizer_model=args.tokenizer_model,
         vocab_size=args.vocab_size,
@@ -125,8 +134,10 @@ def format_summary(prepared: Prepared) -> str:
         for name, split in manifest.splits.items()
     ]
     lines += _format_remarks(manifest)
+    end = manifest.end_of_document
     lines += [
-        f"tokenizer: {manifest.vocab_size:,} pieces, end of document {manifest.end_of_document}, "
+        f"tokenizer: {manifest.vocab_size:,} pieces, "
+        f"end of document {'in the index alone' if end is None else end}, "
         f"ids stored as {manifest.token_dtype}",
         "options for Megatron:",
         f"  --tokenizer-type SentencePieceTokenizer --tokenizer-model {outputs.tokenizer}",
@@ -150,22 +161,15 @@ def _format_remarks(manifest: Manifest) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit status, 2 for what the user can put right."""
-    try:
+    """Run the command line; the process's exit status."""
+
+    def run() -> None:
         prepared = prepare(parse_options(arguments))
-    except PreparationError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prepare: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("prepare: interrupted: run the same command again", file=sys.stderr)
-        return 130
-    if prepared.reused:
-        print(f"already prepared, nothing to do: {prepared.outputs.manifest}")
-    print(format_summary(prepared))
-    return 0
+        if prepared.reused:
+            print(f"already prepared, nothing to do: {prepared.outputs.manifest}")
+        print(format_summary(prepared))
+
+    return run_command("prepare", run)
 
 
 if __name__ == "__main__":

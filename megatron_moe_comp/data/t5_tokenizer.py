@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 
-from megatron_moe_comp.data.errors import PreparationError
+from megatron_moe_comp.data.errors import run_command
 from megatron_moe_comp.data.tokenizer import (
     T5,
     add_sentinels,
@@ -76,13 +76,18 @@ class T5Tokenizer:
         return self._processor.encode(list(texts), num_threads=num_threads)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids`` up to the first end, without padding."""
+        """The text of ``ids`` up to the first end, without padding.
+
+        Ids past the vocabulary, to which Megatron pads a model's output layer, have no text either.
+        """
         until_end = takewhile(lambda id_: id_ != self.eos_id, map(int, ids))
-        return self._processor.decode([id_ for id_ in until_end if id_ != self.pad_id])
+        return self._processor.decode(
+            [id_ for id_ in until_end if id_ != self.pad_id and id_ < self.vocab_size]
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the process's exit status, 2 for what the user can put right."""
+    """Run the command line; the process's exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_moe_comp.data.t5_tokenizer",
         description="Add the pieces for masked spans to a SentencePiece model that has none.",
@@ -90,16 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path, help="such as a released T5's spiece.model")
     parser.add_argument("output", type=Path, help="where the model with them is written")
     args = parser.parse_args(arguments)
-    try:
-        model = add_sentinels(
-            read_tokenizer(args.model, ("eos", "pad"), _OTHERWISE), T5.num_sentinels
-        )
-        args.output.write_bytes(model)
-    except (PreparationError, OSError) as error:
-        print(f"t5_tokenizer: error: {error}", file=sys.stderr)
-        return 2
-    print(f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {args.output}")
-    return 0
+
+    def run() -> None:
+        model = read_tokenizer(args.model, ("eos", "pad"), _OTHERWISE)
+        args.output.write_bytes(add_sentinels(model, T5.num_sentinels))
+        print(f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {args.output}")
+
+    return run_command("t5_tokenizer", run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megatron_moe_comp.data.encoding import EncodedDocument
+
 
 def token_dtype(vocab_size: int) -> str:
     """The numpy name of the smallest dtype Megatron stores such ids in: uint16 or int32."""
@@ -15,15 +17,15 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenFileWriter:
-    """Writes one .bin/.idx pair, one sequence and one document for each array of ids."""
+    """Writes one .bin/.idx pair."""
 
     def __init__(self, bin_path: Path, idx_path: Path, dtype: str) -> None:
         self._idx_path = idx_path
         self._builder = IndexedDatasetBuilder(str(bin_path), dtype=getattr(np, dtype))
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append a document; ``ids`` ends with the end-of-document id."""
-        self._builder.add_document(ids, [len(ids)])
+    def add(self, document: EncodedDocument) -> None:
+        """Append a document with its sequences."""
+        self._builder.add_document(document.ids, document.sequence_lengths)
 
     def close(self) -> None:
         """Write the index and close both files."""

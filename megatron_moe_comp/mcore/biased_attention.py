@@ -6,6 +6,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 
 class BiasedDotProductAttention(DotProductAttention):
@@ -48,3 +49,44 @@ class BiasedDotProductAttention(DotProductAttention):
 
         with self.scale_mask_softmax.register_forward_pre_hook(add_bias):
             return super().forward(*inputs)
+
+
+def carry_bias_gradient(
+    block: TransformerBlock, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns a block's arguments with a bias that recomputation can differentiate (a pre-hook).
+
+    Megatron recomputes attention with the bias as a constant of the recomputed function. Each layer
+    then runs the backward of what the bias was made by, and the second finds it freed. Here
+    the layers see a leaf, which collects their gradients; they go on once when all are there.
+    """
+    bias, config = kwargs["attention_bias"], block.config
+    recomputes = config.recompute_granularity == "full" or (
+        config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+    )
+    if bias is None or not bias.requires_grad or not recomputes:
+        return args, kwargs
+    leaf = bias.detach().requires_grad_()
+    hidden_states = _GradientOfLeaf.apply(kwargs["hidden_states"], bias, leaf)
+    return args, kwargs | {"hidden_states": hidden_states, "attention_bias": leaf}
+
+
+class _GradientOfLeaf(torch.autograd.Function):
+    """Passes hidden states on; its backward, the last of a block, passes on the leaf's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden_states: torch.Tensor,
+        bias: torch.Tensor,
+        leaf: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.leaf = leaf
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        gradient: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return gradient, ctx.leaf.grad, None

@@ -84,7 +84,7 @@ def check_checkpoint(
 
 
 class CheckpointPaths(NamedTuple):
-    """Where a checkpoint is; one of them is None, and both where it is missing or unknown."""
+    """Where a checkpoint is: one of the two, or neither where it is missing or of other format."""
 
     sharded: Path | None
     """Directory of a `torch_dist` checkpoint."""
@@ -122,9 +122,10 @@ def require_fit(
     found = Differences().union(gather_over_ranks(mine))
     if not found:
         return
+    which = "release" if checkpoint.is_release else f"of iteration {checkpoint.iteration}"
     text = (
-        f"{checkpoint.option}={checkpoint.directory}: the checkpoint of iteration "
-        f"{checkpoint.iteration} does not fit the model.\n{describe(found)}"
+        f"{checkpoint.option}={checkpoint.directory}: the checkpoint {which} does not fit the "
+        f"model.\n{describe(found)}"
     )
     if checkpoint.is_strict or found.reshaped or found.missing_files:
         raise ValueError(text)

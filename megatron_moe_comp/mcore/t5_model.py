@@ -21,6 +21,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_moe_comp.mcore.biased_attention import carry_bias_gradient
 from megatron_moe_comp.mcore.t5_specs import moe_layer_pattern, t5_block_specs
 from megatron_moe_comp.t5_options import Activation, T5Options
 
@@ -146,6 +147,7 @@ class T5MoEModel(T5Model):
         self._padding: dict[TransformerBlock, torch.Tensor] = {}
         for block in (self.encoder, self.decoder):
             block.register_forward_pre_hook(self._with_padding_mask, with_kwargs=True)
+            block.register_forward_pre_hook(carry_bias_gradient, with_kwargs=True)
         for layer in self.decoder.layers:
             if isinstance(layer.mlp, MoELayer):
                 number = self.encoder_config.num_layers + layer.layer_number
@@ -193,6 +195,19 @@ class T5MoEModel(T5Model):
         )
         self._padding = {}
         return output
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Returns what a checkpoint holds; see T5Model.sharded_state_dict.
+
+        The output layer has two names here, and Megatron lets the padding of the vocabulary,
+        which depends on the tensor parallel size, differ from the checkpoint's under one of them.
+        """
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        for name in ("weight", "bias"):
+            tensor = state.get(f"{prefix}lm_head.output_layer.{name}")
+            if tensor is not None:
+                tensor.allow_shape_mismatch = True
+        return state
 
     def _with_padding_mask(
         self, block: TransformerBlock, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,7 +4,9 @@ Megatron's own T5 specs know no experts, and its local ones build no norm after 
 """
 
 from dataclasses import replace
+from functools import partial
 
+import torch
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.T5.t5_spec import (
@@ -14,6 +16,7 @@ from megatron.core.models.T5.t5_spec import (
     encoder_model_with_local_spec,
     encoder_model_with_transformer_engine_default_spec,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -92,16 +95,30 @@ def _with_attention_bias(layer: ModuleSpec) -> ModuleSpec:
     return replace(layer, submodules=replace(layer.submodules, **changes))
 
 
+class PaddedTopKRouter(TopKRouter):
+    """Megatron's router, whose count of tokens for the expert bias fails if some are padding."""
+
+    def _apply_expert_bias(
+        self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> None:
+        """Counts the tokens of each expert, as stock: it lacks the dimension of experts here."""
+        if padding_mask is not None:
+            padding_mask = padding_mask[:, None]
+        super()._apply_expert_bias(routing_map, padding_mask)
+
+
 def _with_experts(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """Returns the layer with experts in place of its feed-forward."""
     use_te = config.transformer_impl == "transformer_engine"
     submodules = layer.submodules
+    moe = get_moe_module_spec(
+        use_te=use_te,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+    )
+    parts = replace(moe.keywords["submodules"], router=PaddedTopKRouter)
     changes = {
-        "mlp": get_moe_module_spec(
-            use_te=use_te,
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-        ),
+        "mlp": partial(moe.func, submodules=parts),
         # A norm in front of experts is a module of its own, with Transformer Engine too, and goes
         # by that name in checkpoints.
         "sharded_state_dict_keys_map": {

@@ -118,7 +118,7 @@ def converted(request, tmp_path_factory):
     return model, output
 
 
-def run_converted(rank, directory, batch):
+def run_converted(rank, directory, batch, *more_flags):
     """The logits of the model that the directory's flags and checkpoint make."""
     import torch.distributed as dist
     from megatron.core import tensor_parallel
@@ -133,12 +133,10 @@ def run_converted(rank, directory, batch):
     flags = (directory / "model.args").read_text().split()
     flags += ["--tensor-model-parallel-size", str(dist.get_world_size()), "--load", str(directory)]
     flags += ["--micro-batch-size", "1", "--seq-length", "512", "--max-position-embeddings", "512"]
-    sys.argv[1:] = flags
+    sys.argv[1:] = [*flags, *more_flags]
     destroy_global_vars()
     destroy_num_microbatches_calculator()
     args, _ = entry.parse_args(arguments.add_t5_args)
-    with open(args.tokenizer_model, "rb") as tokenizer:
-        args.vocab_size = load_tokenizer(tokenizer.read()).vocab_size()
     config = t5_config_from_args(args, arguments.t5_options_from_args(args))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = T5ModelBuilder(config).build_model(groups).eval()
@@ -162,10 +160,21 @@ def test_logits_equal_those_of_transformers(converted, tensor_parallel_pools):
     assert expected.std() > 0.1
     for pool in tensor_parallel_pools:
         for logits in pool.run(run_converted, directory, batch):
-            actual = logits[decoder_mask][:, : model.config.vocab_size]
-            difference = (actual - expected).abs().max().item()
+            assert logits.shape[-1] == model.config.vocab_size
+            difference = (logits[decoder_mask] - expected).abs().max().item()
             print(f"\nlargest difference {difference:.1e} of logits with std {expected.std():.2f}")
             assert difference < TOLERANCE
+
+
+def test_loads_into_a_larger_padded_vocabulary(converted, tensor_parallel_pools):
+    model, directory = converted
+    size = model.config.vocab_size
+    batch = make_batch(size)
+    larger = ("--padded-vocab-size", str(size + 6))
+    for pool in tensor_parallel_pools:
+        expected = pool.run(run_converted, directory, batch)[0]
+        actual = pool.run(run_converted, directory, batch, *larger)[0]
+        torch.testing.assert_close(actual[..., :size], expected)
 
 
 def test_tokenizer_and_flags(converted):
@@ -174,8 +183,7 @@ def test_tokenizer_and_flags(converted):
     assert tokenizer.vocab_size() == PIECES + SENTINELS
     flags = (directory / "model.args").read_text()
     assert f"--tokenizer-model {directory}/spiece.model" in flags
-    multiple = {512: 128, 450: 75}[model.config.vocab_size]
-    assert f"--make-vocab-size-divisible-by {multiple}\n" in flags
+    assert f"--padded-vocab-size {model.config.vocab_size} " in flags
 
 
 def write_umt5(directory):

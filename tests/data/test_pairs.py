@@ -140,10 +140,10 @@ def test_what_cannot_be_used_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"p\.jsonl: cannot be read \(No such file"):
         read_pairs(path, tokenizer, 50, 50)
     path.write_text("\n\n")
-    with pytest.raises(ValueError, match="holds no usable pair in 0 line"):
+    with pytest.raises(ValueError, match=r"holds no usable pair \(it is empty\)"):
         read_pairs(path, tokenizer, 50, 50)
     path.write_text("{}\n")
-    with pytest.raises(ValueError, match=r"no usable pair in 1 line\(s\) \(line 1: no 'input'"):
+    with pytest.raises(ValueError, match=r"no usable pair \(line 1: no 'input'\)"):
         read_pairs(path, tokenizer, 50, 50, bad_lines="skip")
     with pytest.raises(ValueError, match="--decoder-seq-length 1: must be 2 or more"):
         read_pairs(path, tokenizer, 50, 1)

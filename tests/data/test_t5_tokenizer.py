@@ -1,6 +1,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,7 @@ def test_text_comes_back_exactly(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([0, *ids, 0, 1, 5, 6, 1, 0]) == text
+    assert tokenizer.decode(np.array([460, *ids, 511, 1])) == text
     # Text can end nothing and is no padding.
     assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
     assert all(type(id_) is int for id_ in ids)

@@ -16,12 +16,15 @@ TIMEOUT_S = 240
 TINY = """
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
     --seq-length 32 --max-position-embeddings 32 --disable-bias-linear
-    --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall
-    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
-    --expert-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 8
+    --micro-batch-size 2 --global-batch-size 8
     --train-iters 6 --eval-iters 1 --eval-interval 100 --lr 1e-3 --log-interval 1
     --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --split 90,5,5
     --tensorboard-log-interval 1
+"""
+EXPERTS = """
+    --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+    --expert-model-parallel-size 2
 """
 
 
@@ -64,10 +67,12 @@ def torchrun(script, arguments, ranks, directory):
     return done.returncode, done.stdout
 
 
-def train(directory, options="", *, script=ENTRY, model=TINY, ranks=2, launch=torchrun):
+def train(
+    directory, options="", *, script=ENTRY, model=TINY, experts=EXPERTS, ranks=2, launch=torchrun
+):
     """Returns the Run of `script` with the tiny model and `options` (later ones win)."""
     events = directory / "tensorboard"
-    arguments = [*model.split(), *options.split()]
+    arguments = f"{model} {experts} {options}".split()
     arguments += ["--tensorboard-dir", str(events), "--data-cache-path", str(directory / "cache")]
     returncode, output = launch(script, arguments, ranks, directory)
     return Run(returncode, output, _read_scalars(events))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.end_to_end import t5_data
 from tests.end_to_end.forks import fork_ranks, launch
-from tests.end_to_end.runs import ROOT, torchrun, train
+from tests.end_to_end.runs import EXPERTS, ROOT, torchrun, train
 
 SCRIPT = ROOT / "finetune_t5_moe.py"
 ITERATIONS, SAVED = 16, 8
@@ -16,9 +16,7 @@ MODEL = f"""
     --encoder-num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4
     --encoder-seq-length 24 --decoder-seq-length 16 --max-position-embeddings 24
     --position-embedding-type rope --normalization RMSNorm --disable-bias-linear
-    --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-layer-freq 2
-    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
-    --expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8
+    --moe-layer-freq 2 --micro-batch-size 4 --global-batch-size 8
     --train-iters {ITERATIONS} --eval-iters 1 --eval-interval 100 --lr 5e-3
     --lr-decay-style constant --log-interval 1 --tensorboard-log-interval 1 --num-workers 0
 """
@@ -193,7 +191,7 @@ def fail(directory, options):
 
 @pytest.mark.parametrize(("change", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_an_unusable_option_ends_every_rank(data, tmp_path, change, message):
-    for last_line in fail(tmp_path, change(f"{MODEL} {data}")):
+    for last_line in fail(tmp_path, change(f"{MODEL} {EXPERTS} {data}")):
         assert last_line.startswith(f"ValueError: {message}"), last_line
 
 
@@ -203,7 +201,7 @@ def test_a_bad_line_ends_every_rank(data, tmp_path):
     with path.open("a") as stream:
         stream.write('{"input": "x"}\n')
     lines = t5_data.LINES["train"] + 1
-    for last_line in fail(tmp_path, f"{MODEL} {data} --train-data-path {path}"):
+    for last_line in fail(tmp_path, f"{MODEL} {EXPERTS} {data} --train-data-path {path}"):
         assert last_line.endswith(
             f"1 of {lines} lines of {path} hold no pair: line {lines}: no 'target': correct them, "
             "or pass --bad-lines skip to leave them out"

@@ -112,12 +112,20 @@ def metadata():
 
 
 def save(directory, model, kind):
-    """Writes a checkpoint of a model, and of an optimizer, as Megatron does."""
+    """Writes a checkpoint of a model, and of an optimizer, as Megatron does.
+
+    Args:
+        directory: of the checkpoint.
+        model: unwrapped.
+        kind: "torch", "torch_dist", or "release", which is torch_dist without iteration.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training.checkpointing import get_checkpoint_name
 
-    (Path(directory) / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    is_release = kind == "release"
+    tracker = Path(directory) / "latest_checkpointed_iteration.txt"
+    tracker.write_text("release" if is_release else str(ITERATION))
     if kind == "torch":
         path = Path(get_checkpoint_name(directory, ITERATION))
         path.parent.mkdir(parents=True)
@@ -125,7 +133,7 @@ def save(directory, model, kind):
         return
     # In the place of one in a further process, which those of a pool may not start.
     filesystem_async._results_queue = Queue()
-    path = Path(get_checkpoint_name(directory, ITERATION, return_base_dir=True))
+    path = Path(get_checkpoint_name(directory, ITERATION, is_release, return_base_dir=True))
     path.mkdir(parents=True, exist_ok=True)
     content = {"model": model.sharded_state_dict(metadata=metadata()), "iteration": ITERATION}
     for name, tensor in list(content["model"].items()):

@@ -177,3 +177,63 @@ def compare_with_recomputation(rank):
 
 def test_recomputation_repeats_it(megatron_pool):
     megatron_pool.run(compare_with_recomputation)
+
+
+def train_block(rank, recomputation):
+    """The output of encoder layers, and the gradients of their weights and of the bias's."""
+    from megatron.core.models.common.embeddings.relative_pos_embedding import (
+        RelativePositionEmbedding,
+    )
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_block import TransformerBlock
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_moe_comp.mcore.biased_attention import carry_bias_gradient
+    from megatron_moe_comp.mcore.t5_specs import t5_block_specs
+
+    model_parallel_cuda_manual_seed(1)
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        num_layers=3,
+        hidden_size=HEADS * HEAD_SIZE,
+        num_attention_heads=HEADS,
+        init_method_std=0.3,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        transformer_impl="local",
+        **recomputation,
+    )
+    positions = RelativePositionEmbedding(True, torch.nn.init.normal_, HEADS)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    block = TransformerBlock(config, t5_block_specs(config, config)[0], pg_collection=groups)
+    block.register_forward_pre_hook(carry_bias_gradient, with_kwargs=True)
+    hidden_states = torch.randn(QUERIES, BATCH, HEADS * HEAD_SIZE)
+    mask = torch.zeros(1, 1, QUERIES, QUERIES, dtype=torch.bool)
+    output = block(
+        hidden_states=hidden_states,
+        attention_mask=mask,
+        attention_bias=positions(QUERIES, QUERIES),
+    )
+    # Squares would sum to the same after the last norm, whatever the weights.
+    (output * torch.randn_like(output)).sum().backward()
+    parameters = (*positions.parameters(), *block.parameters())
+    return [output.detach(), *(parameter.grad for parameter in parameters)]
+
+
+RECOMPUTATIONS = {
+    "core attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("recomputation", RECOMPUTATIONS.values(), ids=RECOMPUTATIONS.keys())
+def test_layers_recompute_with_a_learnt_bias(megatron_pool, recomputation):
+    expected, actual = (megatron_pool.run(train_block, r)[0] for r in ({}, recomputation))
+    assert expected[1].abs().max() > 0.01
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

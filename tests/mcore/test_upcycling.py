@@ -56,7 +56,6 @@ def logits(models):
     return reports[0]["logits"] if reports else None
 
 
-@torch.no_grad()
 def save_dense(rank, directory, layout, changes, kind):
     """Returns the logits of a dense model that it saves, with no bias zero and no norm one."""
     from megatron.core.utils import unwrap_model
@@ -64,7 +63,7 @@ def save_dense(rank, directory, layout, changes, kind):
     models = build(make_config(layout, changes | DENSE))
     random = torch.Generator().manual_seed(3)
     for parameter in models[0].parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.1)
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
     (model,) = unwrap_model(models)
     save(directory, model, kind)
     return logits(models)
@@ -104,7 +103,7 @@ CASES = {
     "TP 2": (("tp2 etp2", SWIGLU | UNTIED), "tp2 etp2", ALTERNATE),
     "TP 2, other layout": (("one", SWIGLU), "tp2 etp2", {}),
     "TP 2, files": (("tp2 etp2", {}), "tp2 etp2 ep2", ALTERNATE, "torch"),
-    "T5": (("one", T5 | UNTIED), "ep2", ALTERNATE),
+    "T5": (("one", T5 | UNTIED), "ep2", ALTERNATE, "release"),
     "T5, TP 2": (("one", T5 | SWIGLU), "tp2 etp2", ALTERNATE),
     "sigmoid": (("one", {}), "ep2", {"moe_router_score_function": "sigmoid"}),
 }
@@ -164,7 +163,7 @@ def test_a_checkpoint_of_the_run_itself_comes_first(pools, dense):
     directory, expected = dense
     output, printed = pools("ep2").run(upcycle, directory, "ep2", {}, "elsewhere")[0]
     assert printed == ["--upcycle-from: skipped, since --load elsewhere comes first"]
-    assert output != pytest.approx(expected)
+    assert output != expected
 
 
 REFUSED = {
@@ -194,7 +193,6 @@ REFUSED = {
         {},
         ("--expert-tensor-parallel-size=1. ", "Set --expert-tensor-parallel-size=2."),
     ),
-    "latent experts": ("ep2", {"moe_latent_size": 16}, ("not in the dense model",)),
 }
 
 
@@ -225,6 +223,21 @@ def test_a_checkpoint_with_experts_is_for_load(pools, tmp_path):
 def test_no_checkpoint(pools, tmp_path):
     for message, _ in pools("ep2").run(upcycle, str(tmp_path), "ep2", {}):
         assert "there is no checkpoint" in message
+
+
+def test_what_has_no_counterpart_is_named():
+    from megatron_moe_comp.mcore.upcycling import copy_parameters
+
+    dense = torch.nn.ModuleDict({"old": torch.nn.Linear(2, 3), "same": torch.nn.Linear(4, 5)})
+    experts = torch.nn.ModuleDict({"new": torch.nn.Linear(2, 3), "same": torch.nn.Linear(4, 6)})
+    assert sorted(copy_parameters(experts, dense)) == [
+        "new.bias [3]: not in the dense model",
+        "new.weight [3, 2]: not in the dense model",
+        "old.bias of the dense model: not in the model with experts",
+        "old.weight of the dense model: not in the model with experts",
+        "same.bias [6]: same.bias is [5]",
+        "same.weight [6, 4]: same.weight is [5, 4]",
+    ]
 
 
 def test_names_of_transformer_engine():
