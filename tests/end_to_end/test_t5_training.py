@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from megatron_moe_comp.data.prepare import main as prepare
 from tests.end_to_end import t5_data
 from tests.end_to_end.forks import fork_ranks, launch
 from tests.end_to_end.runs import EXPERTS, ROOT, torchrun, train
@@ -21,6 +22,7 @@ MODEL = f"""
     --lr-decay-style constant --log-interval 1 --tensorboard-log-interval 1 --num-workers 0
 """
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
+BIRDMOE = "--moe-a2a-compress=birdmoe"
 LSH = """
     --moe-a2a-compress=lsh --moe-lsh-target-rate 0.3 --moe-lsh-warmup-iters 3
     --use-distributed-optimizer
@@ -89,7 +91,7 @@ def test_training_without_compression(plain):
     assert [layer["name"] for layer in report["layers"]] == ["encoder layer 1", "decoder layer 1"]
 
 
-EP4 = "--expert-model-parallel-size 4 --micro-batch-size 2 --moe-a2a-compress=birdmoe"
+EP4 = f"{BIRDMOE} --expert-model-parallel-size 4 --micro-batch-size 2"
 
 
 def test_birdmoe_over_four_ranks(data, tmp_path):
@@ -162,8 +164,27 @@ def test_tensor_parallelism_computes_the_same(data, plain, tmp_path):
 
 
 def test_tensor_parallelism_in_bfloat16(data, tmp_path):
-    run = finetune(tmp_path, f"{data} {TP2} --bf16 --moe-a2a-compress=birdmoe", ranks=4)
+    run = finetune(tmp_path, f"{data} {TP2} --bf16 {BIRDMOE}", ranks=4)
     assert_trained(run, "birdmoe 6 bit optimal")
+
+
+def test_span_corruption(tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number in range(20):
+        lines = [f"name_{i} = function_{i % 7}(value, {number})" for i in range(30)]
+        (sources / f"module_{number}.py").write_text("\n".join(lines))
+    prefix = tmp_path / "tokens"
+    prepared = f"--model t5 --input {sources} --vocab-size 460 --workers 1 --split 80,10,10"
+    assert prepare([*prepared.split(), "--output-prefix", str(prefix)]) == 0
+    flags = [f"--{split}-data-path {prefix}_{split}" for split in ("train", "valid", "test")]
+    flags += [
+        "--tokenizer-type SentencePieceTokenizer",
+        f"--tokenizer-model {prefix}_tokenizer.model",
+    ]
+    options = "--task span-corruption --encoder-seq-length 64 --max-position-embeddings 64"
+    run = finetune(tmp_path, f"{options} {BIRDMOE} {' '.join(flags)}")
+    assert_trained(run, "birdmoe 6 bit optimal", answers=False)
 
 
 ERRORS = {
