@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class AnswerEvaluation:
         batch_size: lines that a rank answers at a time.
         max_input_tokens: most tokens of an input.
         max_tokens: most tokens of an answer.
-        predictions: where to write all answers, or None.
+        predictions: where to write all answers, in the order of the lines, or None.
         iteration: returns how many iterations the model has been trained for.
 
     Raises:
@@ -100,8 +101,10 @@ class AnswerEvaluation:
         )
         self._log({"exact match": scores.mean_exact, "token F1": scores.mean_f1}, name)
         if self._predictions is not None:
-            everyone = [answer for part in gather_over_ranks(answers) for answer in part]
+            # The ranks took turns in choosing their lines.
+            turns = zip_longest(*gather_over_ranks(answers))
             if is_rank0():
+                everyone = [answer for turn in turns for answer in turn if answer is not None]
                 lines = [json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in everyone]
                 self._predictions.write_text("".join(lines), encoding="utf-8")
 
