@@ -57,6 +57,7 @@ def main() -> None:
                 pairs,
                 num_samples=options.decode_samples,
                 batch_size=args.eval_micro_batch_size,
+                max_input_tokens=args.encoder_seq_length,
                 max_tokens=args.decoder_seq_length,
                 predictions=options.predictions_jsonl,
                 iteration=arguments.finished_iterations,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +41,9 @@ class AnswerEvaluation:
         pairs: of each split.
         num_samples: most lines of a file that are answered, evenly spread over it.
         batch_size: lines that a rank answers at a time.
+        max_input_tokens: most tokens of an input.
         max_tokens: most tokens of an answer.
-        predictions: where to write all answers, or None.
+        predictions: where to write all answers, in the order of the lines, or None.
         iteration: returns how many iterations the model has been trained for.
 
     Raises:
@@ -55,6 +57,7 @@ class AnswerEvaluation:
         *,
         num_samples: int,
         batch_size: int,
+        max_input_tokens: int,
         max_tokens: int,
         predictions: str | None,
         iteration: Callable[[], int],
@@ -63,6 +66,7 @@ class AnswerEvaluation:
         self._pairs = pairs
         self._num_samples = num_samples
         self._batch_size = batch_size
+        self._max_input_tokens = max_input_tokens
         self._max_tokens = max_tokens
         self._predictions = Path(predictions) if predictions else None
         self._iteration = iteration
@@ -97,8 +101,10 @@ class AnswerEvaluation:
         )
         self._log({"exact match": scores.mean_exact, "token F1": scores.mean_f1}, name)
         if self._predictions is not None:
-            everyone = [answer for part in gather_over_ranks(answers) for answer in part]
+            # The ranks took turns in choosing their lines.
+            turns = zip_longest(*gather_over_ranks(answers))
             if is_rank0():
+                everyone = [answer for turn in turns for answer in turn if answer is not None]
                 lines = [json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in everyone]
                 self._predictions.write_text("".join(lines), encoding="utf-8")
 
@@ -136,7 +142,8 @@ class AnswerEvaluation:
     def _predict(self, model: MegatronModule, inputs: list[np.ndarray]) -> list[str]:
         """Returns an answer to each input; without any, the model runs on padding all the same."""
         parallel = mpu.get_tensor_model_parallel_world_size()
-        width = rounded_length(max(map(len, inputs), default=1), parallel)
+        longest = max(map(len, inputs), default=1)
+        width = rounded_length(longest, parallel, limit=self._max_input_tokens)
         tokens = torch.full((max(len(inputs), 1), width), self._tokenizer.pad_id)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         mask[:, 0] = True

@@ -33,7 +33,8 @@ def greedy_decode(
         encoder_tokens: int64 [B, S]; S a multiple of the tensor parallel size.
         encoder_mask: bool [B, S], False for padding.
         tokenizer: whose ids the model was trained with; padding of the vocabulary is never chosen.
-        max_tokens: most tokens of an answer, the end of sequence included.
+        max_tokens: most tokens of an answer, the end of sequence included; a multiple of the tensor
+            parallel size where positions are shared, too.
         tensor_parallel_size: ranks that share the vocabulary.
     """
 
@@ -45,13 +46,12 @@ def greedy_decode(
         return model(encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, **kwargs)
 
     batch = len(encoder_tokens)
-    width = rounded_length(max_tokens, tensor_parallel_size)
-    tokens = encoder_tokens.new_full((batch, width + 1), tokenizer.pad_id)
+    tokens = encoder_tokens.new_full((batch, max_tokens + 1), tokenizer.pad_id)
     tokens[:, 0] = tokenizer.start_id
     hidden = run(tokens[:, :tensor_parallel_size], 1, output_encoder_hidden_only=True)
     finished = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     for position in range(max_tokens):
-        length = rounded_length(position + 1, tensor_parallel_size)
+        length = rounded_length(position + 1, tensor_parallel_size, limit=max_tokens)
         logits = run(tokens[:, :length], position + 1, encoder_hidden_states=hidden)
         last = gather_from_tensor_model_parallel_region(logits[:, position])
         best = last[:, : tokenizer.vocab_size].argmax(dim=1)

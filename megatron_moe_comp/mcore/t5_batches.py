@@ -117,10 +117,16 @@ def padded_sample(
     }
 
 
-def rounded_length(longest: int, tensor_parallel_size: int) -> int:
-    """Returns the length that a batch is padded to; a part for each tensor parallel rank."""
+def rounded_length(longest: int, tensor_parallel_size: int, limit: int) -> int:
+    """Returns the length that a batch is padded to; a part for each tensor parallel rank.
+
+    Args:
+        longest: tokens of the batch's longest sequence.
+        tensor_parallel_size: ranks that share the positions.
+        limit: most positions, as many as the model may have.
+    """
     multiple = int(np.lcm(LENGTH_MULTIPLE, tensor_parallel_size))
-    return -(-longest // multiple) * multiple
+    return min(-(-longest // multiple) * multiple, limit)
 
 
 def trimmed(batch: dict[str, torch.Tensor], tensor_parallel_size: int) -> dict[str, torch.Tensor]:
@@ -131,6 +137,6 @@ def trimmed(batch: dict[str, torch.Tensor], tensor_parallel_size: int) -> dict[s
     ends = {}
     for masked, names in (("enc_mask", ("text_enc",)), ("loss_mask", ("text_dec", "labels"))):
         longest = int(batch[masked].sum(dim=1).max())
-        end = min(rounded_length(max(longest, 1), tensor_parallel_size), batch[masked].shape[1])
+        end = rounded_length(max(longest, 1), tensor_parallel_size, limit=batch[masked].shape[1])
         ends |= dict.fromkeys((masked, *names), end)
     return {key: batch[key][:, : ends[key]].long() for key in SAMPLE_KEYS}

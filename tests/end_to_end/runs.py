@@ -1,4 +1,4 @@
-"""Starts training runs of a tiny GPT-MoE with torchrun and reads what they logged."""
+"""Starts training runs of a tiny model, a GPT-MoE by default, and reads what they logged."""
 
 import os
 import subprocess
@@ -43,13 +43,10 @@ class Run:
         return {tag: self.scalars[tag] for tag in ("lm loss", "grad-norm")}
 
 
-def train(directory, options="", *, script=ENTRY, ranks=2, experts=EXPERTS):
-    """Returns the Run of `script` with the tiny model and `options` (later ones win)."""
-    events = directory / "tensorboard"
+def torchrun(script, arguments, ranks, directory):
+    """Returns the launcher's exit status and what all ranks printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script)]
-    command += f"{TINY} {experts} {options}".split()
-    command += ["--tensorboard-dir", str(events), "--data-cache-path", str(directory / "cache")]
+    command += ["--nproc-per-node", str(ranks), str(script), *arguments]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -67,7 +64,18 @@ def train(directory, options="", *, script=ENTRY, ranks=2, experts=EXPERTS):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return Run(done.returncode, done.stdout, _read_scalars(events))
+    return done.returncode, done.stdout
+
+
+def train(
+    directory, options="", *, script=ENTRY, model=TINY, experts=EXPERTS, ranks=2, launch=torchrun
+):
+    """Returns the Run of `script` with the tiny model and `options` (later ones win)."""
+    events = directory / "tensorboard"
+    arguments = f"{model} {experts} {options}".split()
+    arguments += ["--tensorboard-dir", str(events), "--data-cache-path", str(directory / "cache")]
+    returncode, output = launch(script, arguments, ranks, directory)
+    return Run(returncode, output, _read_scalars(events))
 
 
 def _read_scalars(events: Path) -> dict[str, dict[int, float]]:

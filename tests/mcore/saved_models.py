@@ -74,6 +74,7 @@ def make_config(layout, changes):
         "seq_length": LENGTH,
         "share_embeddings_and_output_weights": True,
         "parallel_output": False,
+        "position_embedding_type": "learned_absolute",
     }
     for name, value in changes.items():
         (of_model if name in {**of_model, **T5} else options)[name] = value
