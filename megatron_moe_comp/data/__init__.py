@@ -13,7 +13,7 @@
 For sequence-to-sequence training, pairs of an input and a target text, one JSON object a line:
 
     glue.py             the tasks of GLUE as text, from local files; a command
-    function_names.py   functions of Python source and their names
+    function_tasks.py   functions of Python source and what is asked about them
       -> pairs_pipeline.py  their split and tokenizer, and ``prepare_pairs.py`` is the command
     t5_tokenizer.py     T5's view of a SentencePiece model
       -> pairs.py       a file of pairs as token ids in memory

@@ -12,7 +12,7 @@ import sentencepiece
 from megatron_moe_comp.data import corpora, splits
 from megatron_moe_comp.data.corpora import BadDocument, Corpus
 from megatron_moe_comp.data.errors import PreparationError
-from megatron_moe_comp.data.function_names import Function, cut_at_line, find_functions, mask_name
+from megatron_moe_comp.data.function_tasks import TASKS, Function, cut_at_line, find_functions
 from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import AnyManifest, Outputs
 from megatron_moe_comp.data.pipeline import CHANGED_WHILE_READ, fingerprint_sources, log_to_stderr
@@ -36,13 +36,16 @@ class PairsOptions:
 
     output_prefix: str
     inputs: tuple[str, ...] = ()
+    task: str = "builtins"
     vocab_size: int = 2048
-    max_input_tokens: int = 128
+    max_input_tokens: int = 96
     split: tuple[float, ...] = (90.0, 5.0, 5.0)
     seed: int = 1234
 
     def __post_init__(self) -> None:
         check_prefix(self.output_prefix)
+        if self.task not in TASKS:
+            raise PreparationError(f"--task {self.task}: must be one of {', '.join(TASKS)}")
         if self.max_input_tokens < 8:
             raise PreparationError(
                 f"--max-input-tokens {self.max_input_tokens}: must be 8 or more for a line to fit"
@@ -81,6 +84,7 @@ class PairsManifest(AnyManifest):
     special_functions: int
     repeated: int
     too_long: int
+    without_target: int
     not_python: list[str]
 
 
@@ -109,6 +113,7 @@ def prepare_pairs(options: PairsOptions, log: Callable[[str], None] = log_to_std
     fingerprint = {
         "pairs_format": _FORMAT,
         "inputs": fingerprint_sources(corpus),
+        "task": options.task,
         "vocab_size": options.vocab_size,
         "max_input_tokens": options.max_input_tokens,
         "split": list(options.split),
@@ -185,25 +190,30 @@ def _build(
     built.tokenizer.write_bytes(model)
     processor = load_tokenizer(model)
     log("writing pairs")
+    task = TASKS[options.task]
     statistics: dict[str, PairStatistics] = {}
     seen: set[str] = set()
-    repeated = too_long = 0
+    repeated = too_long = without_target = 0
     for split, files in functions.files.items():
         pairs = []
         for function in functions.by_split[split]:
-            text = cut_at_line(mask_name(function), options.max_input_tokens - 1, processor)
+            whole = task.whole_input(function)
+            text = cut_at_line(whole, options.max_input_tokens - 1, processor)
             if text is None:
                 too_long += 1
             elif text in seen:
-                # Also with another name: it would be no task to tell the two apart.
+                # Also with another target: it would be no task to tell the two apart.
                 repeated += 1
             else:
                 seen.add(text)
-                pairs.append((text, function.name))
+                if target := task.target(function, text.count("\n") + 1):
+                    pairs.append((text, target))
+                else:
+                    without_target += 1
         if not pairs:
             raise PreparationError(
                 f"--split {splits.format_split(options.split)}: the {files} file(s) of {split} "
-                "hold no function to name: give more files, or the split a share of 0"
+                "hold no function to ask about: give more files, or the split a share of 0"
             )
         with built.pairs(split).open("w", encoding="utf-8") as stream:
             for text, target in pairs:
@@ -217,6 +227,7 @@ def _build(
         special_functions=sum(function.is_special for function in everything),
         repeated=repeated,
         too_long=too_long,
+        without_target=without_target,
         not_python=functions.not_python,
     )
 

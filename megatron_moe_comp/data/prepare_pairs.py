@@ -1,4 +1,4 @@
-"""Makes pairs for sequence-to-sequence training from Python source: functions and their names.
+"""Makes pairs for sequence-to-sequence training from Python source: questions about functions.
 
     python -m megatron_moe_comp.data.prepare_pairs --output-prefix data/stdlib_pairs
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megatron_moe_comp.data import splits
 from megatron_moe_comp.data.errors import run_command
+from megatron_moe_comp.data.function_tasks import TASKS
 from megatron_moe_comp.data.pairs_pipeline import PairsOptions, Prepared, prepare_pairs
 
 
@@ -19,8 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; :class:`PairsOptions` says what each option means and allows."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_moe_comp.data.prepare_pairs",
-        description="Make pairs for sequence-to-sequence training from Python source: the input "
-        "is a function whose name is masked, the target its name. Also trains a tokenizer.",
+        description="Make pairs for sequence-to-sequence training from Python source: the "
+        "input is a function, the target what the task asks about it. Also trains a tokenizer.",
         epilog="Writes PREFIX_tokenizer.model and PREFIX_{train,valid,test}.jsonl, and last "
         "PREFIX_manifest.json.",
     )
@@ -35,6 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH",
         help="Python files and directories of them; default: this Python's standard library",
+    )
+    parser.add_argument(
+        "--task",
+        choices=list(TASKS),
+        default=defaults.task,
+        help="the target: the names of Python's builtins that the function uses, in order, or the "
+        "name of the function, which is masked in the input (default: %(default)s)",
     )
     parser.add_argument(
         "--vocab-size",
@@ -94,8 +102,8 @@ def format_summary(prepared: Prepared) -> str:
     decoder_length = -(-longest // 8) * 8
     lines += [
         f"{manifest.functions:,} functions, {manifest.special_functions:,} of them special such as "
-        f"__init__; left out: {manifest.repeated:,} that repeat another and "
-        f"{manifest.too_long:,} without two lines that fit",
+        f"__init__; left out: {manifest.repeated:,} that repeat another, {manifest.too_long:,} "
+        f"without two lines that fit and {manifest.without_target:,} without a target",
     ]
     if manifest.not_python:
         lines.append(f"files left out as no Python: {', '.join(manifest.not_python)}")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_moe_comp.data import corpora
 from megatron_moe_comp.data.errors import PreparationError
-from megatron_moe_comp.data.function_names import Function, cut_at_line, find_functions, mask_name
+from megatron_moe_comp.data.function_tasks import cut_at_line, find_functions
 from megatron_moe_comp.data.outputs import Outputs
 from megatron_moe_comp.data.pairs import read_pairs
 from megatron_moe_comp.data.pairs_pipeline import PairsOptions, prepare_pairs
@@ -44,7 +44,8 @@ def python_files(tmp_path):
 
 
 def prepare_small(source, prefix, **options):
-    options = {"vocab_size": 430, "max_input_tokens": 90, "split": (80.0, 10.0, 10.0)} | options
+    defaults = {"task": "names", "vocab_size": 430, "max_input_tokens": 90}
+    options = defaults | {"split": (80.0, 10.0, 10.0)} | options
     return prepare_pairs(PairsOptions(str(prefix), (str(source),), **options), lambda _: None)
 
 
@@ -62,18 +63,6 @@ def test_functions_are_found_with_their_own_lines():
     assert functions["wait"].startswith("async def wait(self, seconds):\n    def later(value):\n")
     with pytest.raises(SyntaxError):
         find_functions("def broken(:")
-
-
-def test_name_is_masked_wherever_it_stands_alone():
-    function = Function(
-        "get", "def get(self):\n    # get() gets get_all, _get\n    self.get('get')"
-    )
-    assert mask_name(function) == (
-        "name: def <extra_id_0>(self):\n    # <extra_id_0>() gets get_all, _get\n"
-        "    self.<extra_id_0>('<extra_id_0>')"
-    )
-    assert Function("__init__", "").is_special
-    assert not Function("__private", "").is_special
 
 
 @settings(deadline=None)
@@ -117,6 +106,22 @@ def test_pairs_are_divided_by_file_and_do_not_repeat(python_files, tmp_path):
         assert not re.search(rf"\b{target}\b", text)
 
 
+def test_targets_of_builtins_follow_the_cut(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(20):
+        used = f"def used_{i}(a):\n    b = len(a)\n" + f"    b += {i}\n" * 40 + "    return sum(b)"
+        (source / f"module_{i}.py").write_text(f"{used}\n\ndef unused_{i}(a):\n    return a.len")
+    prefix = tmp_path / "pairs"
+    manifest = prepare_small(source, prefix, task="builtins").manifest
+    everything = [pair for split in SPLITS for pair in read_json_pairs(prefix, split)]
+    assert len(everything) == 20
+    for text, target in everything:
+        assert re.match(r"builtins: def used_\d+\(a\):\n    b = len\(a\)\n    b \+= ", text)
+        assert target == "len"
+    assert (manifest.functions, manifest.without_target, manifest.repeated) == (40, 20, 0)
+
+
 def test_tokens_are_counted_as_they_are_read(python_files, tmp_path):
     prefix = tmp_path / "pairs"
     prepared = prepare_small(python_files, prefix)
@@ -141,6 +146,8 @@ def test_second_run_touches_nothing_and_a_changed_one_rebuilds(python_files, tmp
     assert second.reused
     assert second.manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("pairs_*")} == before
+    with pytest.raises(PreparationError, match="hold no function to ask about"):
+        prepare_small(python_files, prefix, task="builtins")
     assert not prepare_small(python_files, prefix, split=(90.0, 10.0, 0.0)).reused
     assert not Outputs(prefix).pairs("test").exists()
     (python_files / "module_0.py").write_text("def other(a):\n    return a")
@@ -187,23 +194,23 @@ def test_token_files_and_pairs_of_one_prefix_replace_each_other(python_files, tm
     assert not Outputs(prefix).bin("train").exists()
 
 
-def test_slice_of_the_standard_library(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("task", "fewest"), [("builtins", 250), ("names", 500)])
+def test_slice_of_the_standard_library(task, fewest, tmp_path, monkeypatch, capsys):
     library = corpora.standard_library()
     part = [source for source in library.sources if source.name.startswith(("asyncio/", "json/"))]
     monkeypatch.setattr(corpora, "standard_library", lambda: corpora.Corpus(tuple(part)))
     prefix = tmp_path / "stdlib"
-    arguments = ["--output-prefix", str(prefix), "--vocab-size", "1000"]
+    arguments = ["--output-prefix", str(prefix), "--vocab-size", "1000", "--task", task]
     assert main(arguments) == 0
     summary = capsys.readouterr().out
     assert f"--tokenizer-model {prefix}_tokenizer.model" in summary
     assert f"--train-data-path {prefix}_train.jsonl --valid-data-path {prefix}_val" in summary
-    assert "--encoder-seq-length 128 --decoder-seq-length " in summary
+    assert "--encoder-seq-length 96 --decoder-seq-length " in summary
     longest = int(summary.split("--decoder-seq-length ")[1])
     assert longest % 8 == 0
     tokenizer = T5Tokenizer(f"{prefix}_tokenizer.model")
-    assert (
-        sum(len(read_pairs(f"{prefix}_{s}.jsonl", tokenizer, 128, longest)) for s in SPLITS) > 500
-    )
+    counts = [len(read_pairs(f"{prefix}_{s}.jsonl", tokenizer, 96, longest)) for s in SPLITS]
+    assert sum(counts) > fewest
     assert main(arguments) == 0
     assert capsys.readouterr().out.endswith(summary)
 
@@ -215,7 +222,8 @@ def test_slice_of_the_standard_library(tmp_path, monkeypatch, capsys):
         ("--split 50,50", "--split 50,50: 2 share(s), not 3"),
         ("--vocab-size 120", "--vocab-size 120: the special tokens"),
         ("--max-input-tokens 3", "--max-input-tokens 3: must be 8 or more"),
-        ("--max-input-tokens 8", "hold no function to name"),
+        ("--max-input-tokens 8", "hold no function to ask about"),
+        ("--task builtins", "hold no function to ask about"),
         ("--input {tmp}/empty.py", "0 document(s) cannot fill 3 splits"),
         ("--input {tmp}/latin.py", "latin.py: byte 2 (0xff) is not valid UTF-8"),
         ("--input {tmp}/none", "none: does not exist"),
@@ -228,6 +236,8 @@ def test_what_cannot_be_is_refused(options, message, python_files, tmp_path, cap
     arguments = options.format(tmp=tmp_path).split()
     if "--input" not in arguments:
         arguments += ["--input", str(python_files)]
+    if "--task" not in arguments:
+        arguments += ["--task", "names"]
     if "--vocab-size" not in arguments:
         arguments += ["--vocab-size", "430"]
     if "--output-prefix" not in arguments:
@@ -241,7 +251,7 @@ def test_files_that_are_no_python_are_left_out_and_named(python_files, tmp_path,
     (python_files / "broken.py").write_text("def broken(:")
     (python_files / "null.py").write_text("x = '\0'")
     arguments = ["--input", str(python_files), "--output-prefix", str(tmp_path / "out")]
-    assert main([*arguments, "--vocab-size", "430"]) == 0
+    assert main([*arguments, "--vocab-size", "430", "--task", "names"]) == 0
     assert "files left out as no Python: broken.py, null.py" in capsys.readouterr().out
 
 
