@@ -65,8 +65,8 @@ else
         --encoder-seq-length 96 --decoder-seq-length 32 --max-position-embeddings 96
     )
     training+=(
-        --micro-batch-size 16 --global-batch-size $((16 * ranks)) --train-iters 600 --lr 2e-3
-        --eval-interval 300 --eval-iters 10 --predictions-jsonl runs/local/predictions.jsonl
+        --micro-batch-size 16 --global-batch-size $((16 * ranks)) --train-iters 500 --lr 2e-3
+        --eval-interval 250 --eval-iters 10 --predictions-jsonl runs/local/predictions.jsonl
     )
 fi
 inputs=(

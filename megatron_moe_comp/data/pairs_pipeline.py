@@ -39,7 +39,7 @@ class PairsOptions:
     task: str = "builtins"
     vocab_size: int = 2048
     max_input_tokens: int = 96
-    split: tuple[float, ...] = (90.0, 5.0, 5.0)
+    split: tuple[float, ...] = (80.0, 10.0, 10.0)
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -194,7 +194,9 @@ def _build(
     statistics: dict[str, PairStatistics] = {}
     seen: set[str] = set()
     repeated = too_long = without_target = 0
-    for split, files in functions.files.items():
+    for split, files in ((name, functions.files[name]) for name in splits.SPLIT_NAMES):
+        if not files:
+            continue
         pairs = []
         for function in functions.by_split[split]:
             whole = task.whole_input(function)
