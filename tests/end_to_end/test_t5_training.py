@@ -197,6 +197,11 @@ ERRORS = {
         "--pipeline-model-parallel-size=2: not with T5, since Megatron's T5 has no pipeline stages."
         " Drop the option.",
     ),
+    "odd length": (
+        lambda options: f"{options} {TP2} --decoder-seq-length 15",
+        "--decoder-seq-length=15: with --sequence-parallel the 2 tensor parallel ranks share the "
+        "positions. Use a multiple of 2.",
+    ),
     "layers": (
         lambda options: f"{options} --moe-layer-freq [1,0,1]",
         "--moe-layer-freq=[1, 0, 1]: a list must have a 0 or 1 for each of the 2 layers",
