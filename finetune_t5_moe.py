@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def tokenizer_of(args: Namespace) -> T5Tokenizer:
-    """Returns the tokenizer; raises ValueError for one that is not by T5's conventions."""
+    """Returns the tokenizer; raises ValueError for one that does not fit T5 or the model."""
     if args.tokenizer_type != "SentencePieceTokenizer" or args.tokenizer_model is None:
         raise ValueError(
             f"--tokenizer-type={args.tokenizer_type}: T5 needs a SentencePiece model. Use "
@@ -87,7 +87,20 @@ def tokenizer_of(args: Namespace) -> T5Tokenizer:
             "--decoder-seq-length: needed, the most tokens of a target; --encoder-seq-length or "
             "--seq-length is that of an input."
         )
-    return T5Tokenizer(args.tokenizer_model)
+    for name in ("encoder_seq_length", "decoder_seq_length"):
+        length, ranks = getattr(args, name), args.tensor_model_parallel_size
+        if args.sequence_parallel and length % ranks:
+            raise ValueError(
+                f"--{name.replace('_', '-')}={length}: --sequence-parallel divides positions among "
+                f"the {ranks} tensor parallel ranks. Use a multiple of {ranks}."
+            )
+    tokenizer = T5Tokenizer(args.tokenizer_model)
+    if args.padded_vocab_size is not None and args.padded_vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"--padded-vocab-size={args.padded_vocab_size}: the tokenizer has "
+            f"{tokenizer.vocab_size} pieces. Use that or more, or drop the option."
+        )
+    return tokenizer
 
 
 def read_splits(args: Namespace, options: T5Options, tokenizer: T5Tokenizer) -> dict[Split, Pairs]:
