@@ -105,14 +105,6 @@ def _check_args(args: Namespace) -> None:
             raise ValueError(
                 f"--{option.replace('_', '-')}={value}: not with T5, since {why}. Drop the option."
             )
-    ranks = args.tensor_model_parallel_size
-    for option in ("encoder_seq_length", "decoder_seq_length") if args.sequence_parallel else ():
-        length = getattr(args, option)
-        if length is not None and length % ranks:
-            raise ValueError(
-                f"--{option.replace('_', '-')}={length}: with --sequence-parallel the {ranks} "
-                f"tensor parallel ranks share the positions. Use a multiple of {ranks}."
-            )
     biased = args.num_experts is not None and args.add_bias_linear
     if biased and args.expert_model_parallel_size == 1 and args.transformer_impl == "local":
         raise ValueError(

@@ -199,8 +199,12 @@ ERRORS = {
     ),
     "odd length": (
         lambda options: f"{options} {TP2} --decoder-seq-length 15",
-        "--decoder-seq-length=15: with --sequence-parallel the 2 tensor parallel ranks share the "
-        "positions. Use a multiple of 2.",
+        "--decoder-seq-length=15: --sequence-parallel divides positions among the 2 tensor parallel"
+        " ranks. Use a multiple of 2.",
+    ),
+    "vocabulary": (
+        lambda options: f"{options} --padded-vocab-size 256",
+        "--padded-vocab-size=256: the tokenizer has 385 pieces. Use that or more, or drop",
     ),
     "layers": (
         lambda options: f"{options} --moe-layer-freq [1,0,1]",
