@@ -3,6 +3,7 @@
 Importing it takes each rank that torchrun starts 6 s of a core.
 """
 
+import multiprocessing
 import os
 import runpy
 import socket
@@ -77,5 +78,7 @@ def _be_rank(rank, ranks, port, directory, log, script, arguments):
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     torch.set_num_threads(1)
+    # Data loaders' workers are forks, as they are of a rank that torchrun starts.
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

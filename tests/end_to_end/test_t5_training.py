@@ -197,6 +197,15 @@ ERRORS = {
         "--pipeline-model-parallel-size=2: not with T5, since Megatron's T5 has no pipeline stages."
         " Drop the option.",
     ),
+    "odd length": (
+        lambda options: f"{options} {TP2} --decoder-seq-length 15",
+        "--decoder-seq-length=15: --sequence-parallel divides positions among the 2 tensor parallel"
+        " ranks. Use a multiple of 2.",
+    ),
+    "vocabulary": (
+        lambda options: f"{options} --padded-vocab-size 256",
+        "--padded-vocab-size=256: the tokenizer has 385 pieces. Use that or more, or drop",
+    ),
     "layers": (
         lambda options: f"{options} --moe-layer-freq [1,0,1]",
         "--moe-layer-freq=[1, 0, 1]: a list must have a 0 or 1 for each of the 2 layers",
