@@ -12,6 +12,7 @@ from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.t5_options import T5Options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +24,17 @@ def test_every_flag_has_a_row_and_no_row_is_stale():
     assert rows == sorted(names, key=lambda name: name.startswith("--moe-lsh"))
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_flag_of_t5_has_a_row_and_no_row_is_stale():
+    text = (ROOT / "docs/t5_moe.md").read_text()
+    rows = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| [^|]*\| ([^|]*) \|", text, flags=re.MULTILINE))
+    defaults = {"--" + f.name.replace("_", "-"): f.default for f in fields(T5Options)}
+    assert list(rows) == [*defaults, "--upcycle-from"]
+    for name, default in defaults.items():
+        if default not in (None, False):
+            assert rows[name].strip("`") == str(default)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/t5_moe.md"])
 def test_named_files_exist(document):
     text = (ROOT / document).read_text()
     for path in re.findall(r"\b(?:scripts|tests)/[\w/.]+\.(?:sh|py)\b", text):
