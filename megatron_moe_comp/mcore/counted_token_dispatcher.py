@@ -25,10 +25,37 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self.stats = CommStats()
+        self.exactly_top_k = True
+        """Whether each token goes to as many experts as --moe-router-topk says."""
 
-    def start_pass(self, layer_number: int, *, training: bool) -> None:
-        """Prepares the next dispatch: evaluation is not counted."""
+    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
+        """Prepares the next dispatch.
+
+        Args:
+            layer_number: number of the layer in the model.
+            training: False in evaluation, which is not counted.
+            padded: whether tokens are padding, which goes to no expert.
+        """
         self.stats.counting = training
+        self.exactly_top_k = not (
+            padded
+            or self.config.moe_expert_capacity_factor is not None
+            or self.config.moe_router_padding_for_quantization
+        )
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Returns the rows of each local expert, as stock, and counts the rows of this rank.
+
+        Without a capacity stock takes them for given.
+        """
+        counts = super().preprocess(routing_map)
+        if not self.exactly_top_k and not self.drop_and_pad:
+            self._count_out_tokens(routing_map.sum())
+        return counts
+
+    def _count_out_tokens(self, num_out_tokens: torch.Tensor) -> None:
+        self.num_out_tokens = num_out_tokens
+        self._maybe_update_cuda_sync_point("before_permutation_1")
 
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor

@@ -62,9 +62,9 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._rows_seen = self._centroids_seen = 0
         self._probed: torch.Tensor | None = None
 
-    def start_pass(self, layer_number: int, *, training: bool) -> None:
+    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
         """See CompressedAlltoAllTokenDispatcher; rows are clustered in training, or on request."""
-        super().start_pass(layer_number, training=training)
+        super().start_pass(layer_number, training=training, padded=padded)
         self._is_clustering = self.ep_size > 1 and (training or self._compression.moe_lsh_eval)
 
     def dispatch_preprocess(
@@ -83,9 +83,10 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         tokens = hidden_states.reshape(-1, self.hidden_shape[-1])
         self.hidden_shape_before_permute = tokens.shape
         num_per_expert = routing_map.sum(dim=0).long()
-        dropless = self.config.moe_expert_capacity_factor is None
         self.num_out_tokens = (
-            len(tokens) * self.config.moe_router_topk if dropless else int(num_per_expert.sum())
+            len(tokens) * self.config.moe_router_topk
+            if self.exactly_top_k
+            else int(num_per_expert.sum())
         )
         rows, row_probs, self.reversed_local_input_permutation_mapping, *_ = permute(
             tokens,

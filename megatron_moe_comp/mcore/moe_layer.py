@@ -50,6 +50,7 @@ class CompressedMoELayer(MoELayer):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._padded = False
         compression.check_model(self.config)
         is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
         if not is_alltoall or self.config.cuda_graph_impl != "none":
@@ -74,10 +75,31 @@ class CompressedMoELayer(MoELayer):
         """The counters of this layer's all-to-alls; None where they are not counted."""
         return getattr(self.token_dispatcher, "stats", None)
 
+    def route(
+        self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns probabilities and routing map; padding goes to no expert, and on no wire.
+
+        Stock sends it: nothing that counts depends on what comes back.
+
+        Args:
+            hidden_states: [S, B, H].
+            padding_mask: bool [S, B], True for padding; None if there is none.
+        """
+        probs, routing_map = super().route(hidden_states, padding_mask)
+        is_counted = isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher)
+        self._padded = is_counted and padding_mask is not None
+        if self._padded:
+            padding = padding_mask.reshape(-1, 1)
+            probs, routing_map = probs.masked_fill(padding, 0), routing_map & ~padding
+        return probs, routing_map
+
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prepares rows for the dispatch, the first step of a pass; see MoELayer.preprocess."""
         if isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher):
-            self.token_dispatcher.start_pass(self.layer_number, training=self.training)
+            self.token_dispatcher.start_pass(
+                self.layer_number, training=self.training, padded=self._padded
+            )
         return super().preprocess(hidden_states, probs, routing_map)

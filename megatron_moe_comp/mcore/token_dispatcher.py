@@ -116,14 +116,12 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
             )
         return plain
 
-    def start_pass(self, layer_number: int, *, training: bool) -> None:
+    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
         """Gives the next dispatch its place in the training, from which its random bits follow.
 
-        Args:
-            layer_number: number of the layer in the model.
-            training: False in evaluation.
+        Args: see CountedAlltoAllTokenDispatcher.start_pass.
         """
-        super().start_pass(layer_number, training=training)
+        super().start_pass(layer_number, training=training, padded=padded)
         self._layer_number = layer_number
         self._forward_pass = self._passes.next(
             self._step(), training=training, with_grad=torch.is_grad_enabled()
@@ -141,14 +139,10 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         if self.drop_and_pad or self.ep_size == 1:
             return super().preprocess(routing_map)
         own_counts = routing_map.sum(dim=0).long()
-        if (
-            self.config.moe_expert_capacity_factor is not None
-            or self.config.moe_router_padding_for_quantization
-        ):
-            self.num_out_tokens = own_counts.sum()
-            self._maybe_update_cuda_sync_point("before_permutation_1")
-        else:
+        if self.exactly_top_k:
             self.num_out_tokens = routing_map.size(0) * self.config.moe_router_topk
+        else:
+            self._count_out_tokens(own_counts.sum())
         return self._gather_counts(own_counts, self._extra_counts(routing_map))
 
     def _gather_counts(self, own_counts: torch.Tensor, extra_counts: torch.Tensor) -> torch.Tensor:

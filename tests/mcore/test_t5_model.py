@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_moe_comp.comm_stats import Column
 from megatron_moe_comp.config import CompressionConfig
 from tests.mcore.t5_reference import Reference, Sizes
 
@@ -72,7 +73,7 @@ def build(config):
     return T5ModelBuilder(config).build_model(groups)
 
 
-def batch_of(rank, samples=3):
+def batch_of(rank, samples=3, length=LENGTH):
     """Returns a T5Batch whose lengths and tokens differ from rank to rank."""
     from megatron_moe_comp.mcore.t5_batches import SAMPLE_KEYS, T5Batch, padded_sample
 
@@ -82,9 +83,9 @@ def batch_of(rank, samples=3):
         length = 1 + int(torch.randint(longest, (1,), generator=random))
         return torch.randint(3, VOCABULARY, (length,), generator=random).numpy()
 
-    longest = (LENGTH, 2, LENGTH // 2, 5)[rank]
+    longest = (LENGTH - 7, 2, LENGTH // 2, 5)[rank]
     rows = [
-        padded_sample(text(longest), text(longest), LENGTH, LENGTH, 0, 0) for _ in range(samples)
+        padded_sample(text(longest), text(longest), length, length, 0, 0) for _ in range(samples)
     ]
     return T5Batch.of(
         {key: torch.stack([torch.tensor(r[key]) for r in rows]) for key in SAMPLE_KEYS}
@@ -237,21 +238,57 @@ def test_every_layer_of_both_stacks_has_its_place(megatron_pool):
         assert abs(logged - mean) < 1e-5
 
 
-def both_stacks_are_compressed(rank, method):
+def both_stacks_are_compressed(rank, options):
     """Returns the counters of an MoE layer of the encoder, and of one of the decoder."""
-    compression = CompressionConfig(moe_a2a_compress=method, moe_a2a_seed=1)
-    model = build(model_config(compression))
+    model = build(model_config(CompressionConfig(moe_a2a_seed=1, **options)))
     model.train()
-    batch = batch_of(rank)
+    batch = batch_of(rank, samples=8)
     (forward(model, batch) * batch.decoder_mask).sum().backward()
     return [block.layers[1].mlp.stats.totals() for block in (model.encoder, model.decoder)]
 
 
-@pytest.mark.parametrize("method", ["birdmoe", "lsh"])
-def test_both_stacks_are_compressed(megatron_pool, method):
-    from megatron_moe_comp.comm_stats import Column
-
-    for layer in zip(*megatron_pool.run(both_stacks_are_compressed, method), strict=True):
-        totals = sum(layer)
+@pytest.mark.parametrize(
+    "options",
+    [{"moe_a2a_compress": "birdmoe"}, {"moe_a2a_compress": "lsh", "moe_lsh_num_hashes": 1}],
+    ids=["birdmoe", "lsh"],
+)
+def test_both_stacks_are_compressed(megatron_pool, options):
+    for of_ranks in zip(*megatron_pool.run(both_stacks_are_compressed, options), strict=True):
+        totals = sum(of_ranks)
         assert (totals[:, Column.RAW] > 0).all()
         assert (totals[:, Column.WIRE] < totals[:, Column.RAW]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe_a2a_compress": "identity"},
+        {"moe_a2a_compress": "identity", "moe_a2a_dedup": True},
+        {"moe_a2a_compress": "lsh", "moe_lsh_target_rate": 1.0, "moe_lsh_num_hashes": 64},
+    ],
+    ids=["none", "identity", "dedup", "lsh"],
+)
+def test_padding_is_not_sent(megatron_pool, options):
+    megatron_pool.run(padding_is_not_sent, options)
+
+
+def padding_is_not_sent(rank, options):
+    """Longer padding changes losses by float order alone, and sends not a row more."""
+    results = []
+    for extra in (0, 7):
+        model = build(model_config(CompressionConfig(**options)))
+        model.train()
+        batch = batch_of(rank, length=LENGTH - 7 + extra)
+        losses = forward(model, batch)[batch.decoder_mask]
+        losses.sum().backward()
+        layers = [block.layers[1].mlp.stats for block in (model.encoder, model.decoder)]
+        rows = [stats.totals()[:, (Column.PAIRS, Column.ROWS)] for stats in layers]
+        results.append((losses, [p.grad for p in model.parameters()], torch.stack(rows)))
+    (losses, grads, rows), (longer_losses, longer_grads, longer_rows) = results
+    close(losses, longer_losses, ..., "losses")
+    for a, b in zip(grads, longer_grads, strict=True):
+        if a is not None:
+            close(a, b, ..., "gradient")
+    assert rows.any()
+    assert torch.equal(rows, longer_rows)
