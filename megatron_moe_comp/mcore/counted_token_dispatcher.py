@@ -25,8 +25,7 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self.stats = CommStats()
-        self.exactly_top_k = True
-        """Whether each token goes to as many experts as --moe-router-topk says."""
+        self._padded = False
 
     def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
         """Prepares the next dispatch.
@@ -37,8 +36,13 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             padded: whether tokens are padding, which goes to no expert.
         """
         self.stats.counting = training
-        self.exactly_top_k = not (
-            padded
+        self._padded = padded
+
+    @property
+    def exactly_top_k(self) -> bool:
+        """Whether each token goes to as many experts as --moe-router-topk says."""
+        return not (
+            self._padded
             or self.config.moe_expert_capacity_factor is not None
             or self.config.moe_router_padding_for_quantization
         )
