@@ -132,7 +132,7 @@ def rounded_length(longest: int, tensor_parallel_size: int, limit: int) -> int:
 def trimmed(batch: dict[str, torch.Tensor], tensor_parallel_size: int) -> dict[str, torch.Tensor]:
     """Returns the batch without most of the positions that are padding in all of its samples.
 
-    Padding is routed to experts and sent like any other token, so it had better be little.
+    Attention and dense layers compute padding like any token; only experts are spared it.
     """
     ends = {}
     for masked, names in (("enc_mask", ("text_enc",)), ("loss_mask", ("text_dec", "labels"))):
