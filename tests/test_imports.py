@@ -39,6 +39,7 @@ LEVELS = {
     "mcore.layer_specs": 5,
     "mcore.lsh_adaptation": 5,
     "mcore.arguments": 5,
+    "mcore.log_outputs": 5,
     "mcore.stats_logging": 5,
     "mcore.upcycling": 5,
     "mcore.t5_specs": 5,

@@ -11,7 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.utils import Split
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_last
+from megatron.training import print_rank_last
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from megatron_moe_comp.comm.all_to_all import gather_over_ranks, sum_over_ranks
 from megatron_moe_comp.data.pairs import Pairs
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer
 from megatron_moe_comp.mcore.greedy_decoding import greedy_decode
+from megatron_moe_comp.mcore.log_outputs import require_writable, write_scalars
 from megatron_moe_comp.mcore.t5_batches import rounded_length
 
 NAMES = {Split.train: "training", Split.valid: "validation", Split.test: "test"}
@@ -73,19 +74,7 @@ class AnswerEvaluation:
         self.split = Split.valid
         """What is being evaluated."""
         if self._predictions is not None and is_rank0():
-            self._check_predictions_path(self._predictions)
-
-    @staticmethod
-    def _check_predictions_path(path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a"):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"--predictions-jsonl={path}: rank 0 must be able to write this file, but "
-                f"{error.strerror}. Name a file in a directory that you may write to."
-            ) from error
+            require_writable("--predictions-jsonl", str(self._predictions))
 
     def __call__(self, models: list[MegatronModule]) -> None:
         """Prints and logs the scores of the current split; every rank must call it."""
@@ -99,7 +88,8 @@ class AnswerEvaluation:
             f" answers to {scores.count:.0f} of {len(self._pairs[self.split])} lines of the {name} "
             f"set | exact match: {scores.mean_exact:.4f} | token F1: {scores.mean_f1:.4f} |"
         )
-        self._log({"exact match": scores.mean_exact, "token F1": scores.mean_f1}, name)
+        scalars = {f"exact match {name}": scores.mean_exact, f"token F1 {name}": scores.mean_f1}
+        write_scalars(scalars, self._iteration())
         if self._predictions is not None:
             # The ranks took turns in choosing their lines.
             turns = zip_longest(*gather_over_ranks(answers))
@@ -107,14 +97,6 @@ class AnswerEvaluation:
                 everyone = [answer for turn in turns for answer in turn if answer is not None]
                 lines = [json.dumps(a._asdict(), ensure_ascii=False) + "\n" for a in everyone]
                 self._predictions.write_text("".join(lines), encoding="utf-8")
-
-    def _log(self, scalars: dict[str, float], name: str) -> None:
-        writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-        for key, value in scalars.items():
-            if writer:
-                writer.add_scalar(f"{key} {name}", value, self._iteration())
-            if wandb_writer:
-                wandb_writer.log({f"{key} {name}": value}, self._iteration())
 
     def _answer(self, model: MegatronModule) -> list[Answer]:
         """Returns this rank's answers; none where another tensor parallel rank has the same."""

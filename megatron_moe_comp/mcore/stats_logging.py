@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_0
+from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import is_rank0
 from rich.console import Console
@@ -19,6 +19,7 @@ from megatron_moe_comp.comm.all_to_all import sum_over_ranks
 from megatron_moe_comp.comm_stats import Column, summarize
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.mcore.log_outputs import require_writable, write_scalars
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
 
 MEGABYTE = 1e6
@@ -58,25 +59,12 @@ class StatsLogger:
         if is_rank0():
             kernels = _kernels(self._compression)
             print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
-            self._check_json_path()
+            if self._compression.moe_a2a_stats_json:
+                require_writable("--moe-a2a-stats-json", self._compression.moe_a2a_stats_json)
         self._layer_names = layer_names
         self._logged = torch.zeros(len(WIRES), len(Column), dtype=torch.float64)
         model_config.post_wrap_hooks.append(self._collect_layers)
         model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
-
-    def _check_json_path(self) -> None:
-        path = self._compression.moe_a2a_stats_json
-        if path is None:
-            return
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).open("a"):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"--moe-a2a-stats-json={path}: rank 0 must be able to write this file, but "
-                f"{error.strerror}. Name a file in a directory that you may write to."
-            ) from error
 
     def _collect_layers(self, models: list[MegatronModule]) -> list[MegatronModule]:
         modules = (module for model in models for module in model.modules())
@@ -136,7 +124,7 @@ class StatsLogger:
                 f"most-loaded-rank-{name.replace('_', '-')}": value
                 for name, value in report["most_loaded_rank"].items()
             }
-        _write_scalars({f"moe-a2a/{name}": value for name, value in scalars.items()}, iteration)
+        write_scalars({f"moe-a2a/{name}": value for name, value in scalars.items()}, iteration)
 
     def finish(self) -> None:
         """Prints the summary and writes the JSON file; every rank must call it, after training."""
@@ -180,15 +168,6 @@ def describe(compression: CompressionConfig) -> str:
     if compression.moe_a2a_dedup:
         words.append("dedup")
     return " ".join(words)
-
-
-def _write_scalars(scalars: dict[str, float], iteration: int) -> None:
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    if writer:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb_writer:
-        wandb_writer.log(scalars, iteration)
 
 
 def _print_summary(report: dict[str, Any], compression: CompressionConfig) -> None:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import STOCK, train
 
 BIRDMOE = "--moe-a2a-compress=birdmoe"
@@ -40,7 +41,7 @@ def plain(tmp_path_factory):
 def test_resuming_repeats_the_uninterrupted_run(plain, tmp_path):
     base, whole = plain
     options = f"{BIRDMOE} --use-distributed-optimizer --load {base}/checkpoints --ckpt-step 3"
-    resumed = train(tmp_path, options).history()
+    resumed = train(tmp_path, options, launch=launch).history()
     for tag, values in whole.history().items():
         assert resumed[tag] == {step: values[step] for step in (4, 5, 6)}, tag
 
@@ -48,7 +49,7 @@ def test_resuming_repeats_the_uninterrupted_run(plain, tmp_path):
 def test_recomputation_changes_nothing(plain, tmp_path):
     # Dropout is on; its masks, too, are replayed.
     recompute = "--recompute-granularity selective --recompute-modules moe"
-    run = train(tmp_path, f"{BIRDMOE} --use-distributed-optimizer {recompute}")
+    run = train(tmp_path, f"{BIRDMOE} --use-distributed-optimizer {recompute}", launch=launch)
     assert run.history() == plain[1].history()
 
 
@@ -60,9 +61,10 @@ LSH = """
 
 def test_resuming_repeats_what_clustering_adapted(tmp_path):
     saved = directory(tmp_path, "saved")
-    whole = train(saved, f"{LSH} --save {saved}/checkpoints --save-interval 3").history()
+    options = f"{LSH} --save {saved}/checkpoints --save-interval 3"
+    whole = train(saved, options, launch=launch).history()
     options = f"{LSH} --load {saved}/checkpoints --ckpt-step 3"
-    resumed = train(directory(tmp_path, "resumed"), options).history()
+    resumed = train(directory(tmp_path, "resumed"), options, launch=launch).history()
     for tag, values in whole.items():
         assert resumed[tag] == {step: values[step] for step in (4, 5, 6)}, tag
 
@@ -105,8 +107,9 @@ PARALLEL = {
 
 @pytest.mark.parametrize(("ranks", "options"), PARALLEL.values(), ids=PARALLEL.keys())
 def test_parallel_layouts_train_near_none(tmp_path, ranks, options):
-    none = train(directory(tmp_path, "none"), options, ranks=ranks).history()
-    ours = train(directory(tmp_path, "ours"), f"{options} {BIRDMOE}", ranks=ranks).history()
+    forks = {"ranks": ranks, "launch": launch}
+    none = train(directory(tmp_path, "none"), options, **forks).history()
+    ours = train(directory(tmp_path, "ours"), f"{options} {BIRDMOE}", **forks).history()
     assert ours["lm loss"] != none["lm loss"]
     for step, loss in none["lm loss"].items():
         assert ours["lm loss"][step] == pytest.approx(loss, rel=0.01)

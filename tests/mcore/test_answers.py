@@ -1,7 +1,6 @@
 """AnswerEvaluation with a decoder that says what the tests want, on ranks of different numbers."""
 
 import json
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -76,14 +75,11 @@ def evaluate(rank, split, options):
         said = torch.where((first - 10) % 3 == 2, WRONG, first)
         return torch.stack([said, torch.full_like(said, EOS)], dim=1)
 
-    def add_scalar(tag, value, iteration):
-        logged.append((tag, value, iteration))
-
     with patch.multiple(
         answers,
         greedy_decode=greedy_decode,
         print_rank_last=printed.append,
-        get_tensorboard_writer=lambda: SimpleNamespace(add_scalar=add_scalar),
+        write_scalars=lambda *scalars: logged.append(scalars),
     ):
         evaluation = make_evaluation(**options)
         if split is not None:
@@ -101,7 +97,7 @@ def test_lines_are_spread_evenly_and_scores_are_sums_over_ranks(pools):
             " answers to 4 of 10 lines of the validation set | exact match: 0.5000 | "
             "token F1: 0.5000 |"
         ]
-        assert logged == [("exact match validation", 0.5, 7), ("token F1 validation", 0.5, 7)]
+        assert logged == [({"exact match validation": 0.5, "token F1 validation": 0.5}, 7)]
 
 
 def test_ranks_with_fewer_lines_take_as_many_steps(pools, tmp_path):

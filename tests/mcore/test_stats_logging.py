@@ -9,7 +9,7 @@ import torch
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore import stats_logging
+from megatron_moe_comp.mcore import log_outputs, stats_logging
 from megatron_moe_comp.mcore.stats_logging import StatsLogger
 
 
@@ -29,8 +29,8 @@ def logger(monkeypatch, tmp_path):
     monkeypatch.setattr(stats_logging, "is_rank0", lambda: True)
     monkeypatch.setattr(stats_logging, "print_rank_0", print)
     monkeypatch.setattr(stats_logging, "finalize_model_grads", lambda *args: None)
-    monkeypatch.setattr(stats_logging, "get_tensorboard_writer", lambda: writer)
-    monkeypatch.setattr(stats_logging, "get_wandb_writer", lambda: None)
+    monkeypatch.setattr(log_outputs, "get_tensorboard_writer", lambda: writer)
+    monkeypatch.setattr(log_outputs, "get_wandb_writer", lambda: None)
     config = CompressionConfig(
         moe_a2a_compress="birdmoe",
         moe_a2a_dedup=True,
