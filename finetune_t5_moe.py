@@ -45,6 +45,7 @@ def main() -> None:
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args, compression = entry.parse_args(arguments.add_t5_args)
     options = arguments.t5_options_from_args(args)
+    arguments.check_t5_options_of_checkpoint(options)
     tokenizer = tokenizer_of(args)
     model_config = t5_config_from_args(args, options)
     answers = None

@@ -194,15 +194,36 @@ def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:
     It travels with the arguments that Megatron saves in every checkpoint, so that stock Megatron
     can load the checkpoint, too.
     """
-    args = get_args()
-    if args.load is None or args.finetune:
+    if get_args().finetune:
         return None
-    # Every other argument that this takes from the checkpoint goes to a namespace that is dropped,
-    # and what Megatron prints about them would mislead.
+    return getattr(_args_of_checkpoint("load"), LSH_STATE, None)
+
+
+def _args_of_checkpoint(option: str) -> Namespace | None:
+    """Returns the arguments in the checkpoint that `option` names, or None."""
+    # What this takes over from them goes to a namespace that is dropped, and what Megatron prints
+    # about that would mislead.
     with redirect_stdout(io.StringIO()):
-        found = load_args_from_checkpoint(copy.copy(args))
-    checkpoint_args = found[1] if isinstance(found, tuple) else None
-    return getattr(checkpoint_args, LSH_STATE, None)
+        found = load_args_from_checkpoint(copy.copy(get_args()), option)
+    return found[1] if isinstance(found, tuple) else None
+
+
+def check_t5_options_of_checkpoint(options: T5Options) -> None:
+    """Raises ValueError where a checkpoint to start from is of a T5 that computes otherwise.
+
+    The shapes of its weights do not tell; Megatron takes flags over for its own options alone.
+    """
+    for start in ("load", "pretrained_checkpoint", "upcycle_from"):
+        saved = _args_of_checkpoint(start)
+        for name in ("t5_activation", "t5_relative_positions"):
+            flag, wanted = "--" + name.replace("_", "-"), getattr(options, name)
+            has = getattr(saved, name, wanted)
+            if has != wanted:
+                raise ValueError(
+                    f"{flag}={wanted}: --{start.replace('_', '-')} {getattr(get_args(), start)} "
+                    f"was saved with {has}. "
+                    + (f"Use {flag}{'' if has is True else f' {has}'}." if has else "Drop it.")
+                )
 
 
 def keep_lsh_state(state: list[dict[str, float]]) -> None:

@@ -226,6 +226,13 @@ def test_an_unusable_option_ends_every_rank(data, tmp_path, change, message):
         assert last_line.startswith(f"ValueError: {message}"), last_line
 
 
+def test_a_checkpoint_of_another_activation_is_refused(data, plain, tmp_path):
+    options = f"{MODEL} {EXPERTS} {data} {load(plain[0])} --t5-activation geglu"
+    for last_line in fail(tmp_path, options):
+        assert last_line.startswith(f"ValueError: --t5-activation=geglu: --load {plain[0]}")
+        assert last_line.endswith("was saved with None. Drop it.")
+
+
 def test_a_bad_line_ends_every_rank(data, tmp_path):
     path = tmp_path / "train.jsonl"
     shutil.copyfile(data.split()[data.split().index("--train-data-path") + 1], path)
