@@ -123,17 +123,33 @@ def test_without_a_compiler_the_message_says_what_to_install(copy):
     assert not (copy / ".venv").exists()
 
 
-def test_run_local_trains_and_reports():
+def run_local(*options):
+    """Returns what scripts/run_local.sh printed, and its statistics."""
     if not (ROOT / ".venv/.installed").exists():
         pytest.skip("needs the .venv that scripts/setup.sh makes")
-    options = ["--train-iters", "30", "--log-interval", "10", "--eval-iters", "1"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = run(["bash", str(ROOT / "scripts/run_local.sh"), *options], env=environment)
+    command = ["bash", str(ROOT / "scripts/run_local.sh"), *options]
+    command += ["--log-interval", "10", "--eval-iters", "1"]
+    done = run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stdout[-3000:]
     losses = [float(x) for x in re.findall(r"\| lm loss: (\S+) \|", done.stdout)]
     assert losses[-1] < losses[0] - 0.3
-    assert "CPU host mode" in done.stdout
-    assert "lm loss PPL" in done.stdout
     report = json.loads((ROOT / "runs/local/a2a.json").read_text())
-    assert report["ratio_fp32"] >= 5.1
     assert f"Total compression {report['ratio_fp32']:.2f}x" in done.stdout
+    return done.stdout, report
+
+
+def test_run_local_trains_and_reports():
+    printed, report = run_local("--train-iters", "30")
+    assert "CPU host mode" in printed
+    assert "lm loss PPL" in printed
+    assert report["ratio_fp32"] >= 5.1
+
+
+def test_run_local_fine_tunes_t5():
+    printed, report = run_local("t5", "--train-iters", "30", "--decode-samples", "8")
+    before, _, after = printed.partition(" iteration       10/")
+    for part in (before, after):
+        for split in ("validation", "test"):
+            assert re.search(rf"answers to 8 of \d+ lines of the {split} set \| exact match", part)
+    assert report["ratio_fp32"] >= 4.8
+    assert [layer["name"] for layer in report["layers"]] == ["encoder layer 1", "decoder layer 1"]
