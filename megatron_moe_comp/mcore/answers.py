@@ -82,7 +82,9 @@ class AnswerEvaluation:
         scores = Scores()
         for answer in answers:
             scores.add(answer.prediction, answer.target)
-        scores = Scores.from_sums(sum_over_ranks(torch.tensor(scores.sums()).double()).tolist())
+        scores = Scores.from_sums(
+            sum_over_ranks(torch.tensor(scores.sums(), dtype=torch.float64)).tolist()
+        )
         name = NAMES[self.split]
         print_rank_last(
             f" answers to {scores.count:.0f} of {len(self._pairs[self.split])} lines of the {name} "

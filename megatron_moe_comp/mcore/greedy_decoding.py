@@ -49,7 +49,8 @@ def greedy_decode(
     tokens = encoder_tokens.new_full((batch, max_tokens + 1), tokenizer.pad_id)
     tokens[:, 0] = tokenizer.start_id
     hidden = run(tokens[:, :tensor_parallel_size], 1, output_encoder_hidden_only=True)
-    finished = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    # A rank without an input of its own keeps no other waiting.
+    finished = (encoder_tokens == tokenizer.pad_id).all(dim=1)
     for position in range(max_tokens):
         length = rounded_length(position + 1, tensor_parallel_size, limit=max_tokens)
         logits = run(tokens[:, :length], position + 1, encoder_hidden_states=hidden)

@@ -150,13 +150,14 @@ ANSWERS = {0: [[5, 1]], 1: [[1], [6, 7, 8, 1], [2, 1]]}
 MAX_TOKENS = 18
 
 
-def scripted(rank, answers):
+def scripted(rank, answers, without_input=None):
     """Returns the decoded rows and the widths of the model's steps."""
     from megatron_moe_comp.mcore.greedy_decoding import greedy_decode
 
     model = Script(answers[rank])
-    tokens = torch.ones(len(model.answers), 4, dtype=torch.long)
-    decoded = greedy_decode(model, tokens, tokens.bool(), TOKENIZER, MAX_TOKENS)
+    token = TOKENIZER.pad_id if rank == without_input else 5
+    tokens = torch.full((len(model.answers), 4), token)
+    decoded = greedy_decode(model, tokens, tokens > 0, TOKENIZER, MAX_TOKENS)
     assert model.encoded == 1
     return decoded.tolist(), model.widths
 
@@ -174,3 +175,11 @@ def test_an_answer_without_end_stops_at_the_longest(pools):
     assert first == [[5, 1, *[0] * 16]]
     assert second == [endless[:MAX_TOKENS]]
     assert steps == others == [16] * 16 + [18] * 2
+
+
+def test_a_rank_without_input_keeps_no_other_waiting(pools):
+    answers = {0: [[TOKENIZER.pad_id] * 30], 1: [[5, 1]]}
+    (first, steps), (second, others) = pools("ep2").run(scripted, answers, 0)
+    assert first == [[0, 0]]
+    assert second == [[5, 1]]
+    assert steps == others == [16] * 2
