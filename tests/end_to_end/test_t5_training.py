@@ -214,10 +214,12 @@ ERRORS = {
 
 
 def fail(directory, options):
+    """Yields the error that each of two ranks ended with."""
     for rank in fork_ranks(SCRIPT, options.split(), 2, directory):
         assert rank.returncode == 1, rank
         assert "\ntraining ..." not in rank.output
-        yield rank.output.strip().splitlines()[-1]
+        # What was printed before may come after it, when the buffer is flushed.
+        yield [line for line in rank.output.splitlines() if "Error: " in line][-1]
 
 
 @pytest.mark.parametrize(("change", "message"), ERRORS.values(), ids=ERRORS.keys())
