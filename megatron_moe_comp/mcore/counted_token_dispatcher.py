@@ -25,24 +25,18 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self.stats = CommStats()
-        self._padded = False
+        self.padded = False
+        """Whether the next dispatch has tokens that are padding, which goes to no expert."""
 
-    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
-        """Prepares the next dispatch.
-
-        Args:
-            layer_number: number of the layer in the model.
-            training: False in evaluation, which is not counted.
-            padded: whether tokens are padding, which goes to no expert.
-        """
+    def start_pass(self, layer_number: int, *, training: bool) -> None:
+        """Prepares the next dispatch: evaluation is not counted."""
         self.stats.counting = training
-        self._padded = padded
 
     @property
     def exactly_top_k(self) -> bool:
         """Whether each token goes to as many experts as --moe-router-topk says."""
         return not (
-            self._padded
+            self.padded
             or self.config.moe_expert_capacity_factor is not None
             or self.config.moe_router_padding_for_quantization
         )
@@ -53,7 +47,7 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Without a capacity stock takes them for given.
         """
         counts = super().preprocess(routing_map)
-        if not self.exactly_top_k and not self.drop_and_pad:
+        if self.padded and not self.drop_and_pad:
             self._count_out_tokens(routing_map.sum())
         return counts
 

@@ -62,9 +62,9 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._rows_seen = self._centroids_seen = 0
         self._probed: torch.Tensor | None = None
 
-    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
+    def start_pass(self, layer_number: int, *, training: bool) -> None:
         """See CompressedAlltoAllTokenDispatcher; rows are clustered in training, or on request."""
-        super().start_pass(layer_number, training=training, padded=padded)
+        super().start_pass(layer_number, training=training)
         self._is_clustering = self.ep_size > 1 and (training or self._compression.moe_lsh_eval)
 
     def dispatch_preprocess(

@@ -50,7 +50,6 @@ class CompressedMoELayer(MoELayer):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._padded = False
         compression.check_model(self.config)
         is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
         if not is_alltoall or self.config.cuda_graph_impl != "none":
@@ -87,11 +86,11 @@ class CompressedMoELayer(MoELayer):
             padding_mask: bool [S, B], True for padding; None if there is none.
         """
         probs, routing_map = super().route(hidden_states, padding_mask)
-        is_counted = isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher)
-        self._padded = is_counted and padding_mask is not None
-        if self._padded:
-            padding = padding_mask.reshape(-1, 1)
-            probs, routing_map = probs.masked_fill(padding, 0), routing_map & ~padding
+        if isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher):
+            self.token_dispatcher.padded = padding_mask is not None
+            if padding_mask is not None:
+                padding = padding_mask.reshape(-1, 1)
+                probs, routing_map = probs.masked_fill(padding, 0), routing_map & ~padding
         return probs, routing_map
 
     def preprocess(
@@ -99,7 +98,5 @@ class CompressedMoELayer(MoELayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prepares rows for the dispatch, the first step of a pass; see MoELayer.preprocess."""
         if isinstance(self.token_dispatcher, CountedAlltoAllTokenDispatcher):
-            self.token_dispatcher.start_pass(
-                self.layer_number, training=self.training, padded=self._padded
-            )
+            self.token_dispatcher.start_pass(self.layer_number, training=self.training)
         return super().preprocess(hidden_states, probs, routing_map)

@@ -116,12 +116,14 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
             )
         return plain
 
-    def start_pass(self, layer_number: int, *, training: bool, padded: bool) -> None:
+    def start_pass(self, layer_number: int, *, training: bool) -> None:
         """Gives the next dispatch its place in the training, from which its random bits follow.
 
-        Args: see CountedAlltoAllTokenDispatcher.start_pass.
+        Args:
+            layer_number: number of the layer in the model.
+            training: False in evaluation.
         """
-        super().start_pass(layer_number, training=training, padded=padded)
+        super().start_pass(layer_number, training=training)
         self._layer_number = layer_number
         self._forward_pass = self._passes.next(
             self._step(), training=training, with_grad=torch.is_grad_enabled()
