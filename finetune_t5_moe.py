@@ -29,6 +29,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 
 from megatron_moe_comp.data.pairs import Pairs, read_pairs
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer
+from megatron_moe_comp.lsh_options import flag
 from megatron_moe_comp.mcore import arguments, entry
 from megatron_moe_comp.mcore.answers import AnswerEvaluation
 from megatron_moe_comp.mcore.t5_batches import SAMPLE_KEYS, PairsDataset, T5Batch, trimmed
@@ -92,7 +93,7 @@ def tokenizer_of(args: Namespace) -> T5Tokenizer:
         length, ranks = getattr(args, name), args.tensor_model_parallel_size
         if args.sequence_parallel and length % ranks:
             raise ValueError(
-                f"--{name.replace('_', '-')}={length}: --sequence-parallel divides positions among "
+                f"{flag(name)}={length}: --sequence-parallel divides positions among "
                 f"the {ranks} tensor parallel ranks. Use a multiple of {ranks}."
             )
     tokenizer = T5Tokenizer(args.tokenizer_model)

@@ -43,6 +43,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
+from megatron_moe_comp.lsh_options import flag
 from megatron_moe_comp.mcore import entry
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -77,8 +78,7 @@ def check_data_options(args: Namespace) -> None:
     ):
         if getattr(args, option, False):
             raise ValueError(
-                f"--{option.replace('_', '-')}: this script pretrains on plain GPT samples. Drop "
-                "the option."
+                f"{flag(option)}: this script pretrains on plain GPT samples. Drop the option."
             )
 
 

@@ -27,7 +27,7 @@ from megatron.training.checkpointing import (
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.lsh_options import LshOptions
+from megatron_moe_comp.lsh_options import LshOptions, flag
 from megatron_moe_comp.t5_options import T5Options
 
 LSH_STATE = "moe_lsh_state"
@@ -106,7 +106,7 @@ def check_upcycling_args(args: Namespace) -> None:
     ):
         if getattr(args, option):
             raise ValueError(
-                f"--upcycle-from={args.upcycle_from}: not with --{option.replace('_', '-')}, since "
+                f"--upcycle-from={args.upcycle_from}: not with {flag(option)}, since "
                 f"{why}. Drop one of them."
             )
 
@@ -216,13 +216,17 @@ def check_t5_options_of_checkpoint(options: T5Options) -> None:
     for start in ("load", "pretrained_checkpoint", "upcycle_from"):
         saved = _args_of_checkpoint(start)
         for name in ("t5_activation", "t5_relative_positions"):
-            flag, wanted = "--" + name.replace("_", "-"), getattr(options, name)
+            wanted = getattr(options, name)
             has = getattr(saved, name, wanted)
             if has != wanted:
                 raise ValueError(
-                    f"{flag}={wanted}: --{start.replace('_', '-')} {getattr(get_args(), start)} "
-                    f"was saved with {has}. "
-                    + (f"Use {flag}{'' if has is True else f' {has}'}." if has else "Drop it.")
+                    f"{flag(name)}={wanted}: {flag(start)} {getattr(get_args(), start)} was saved "
+                    f"with {has}. "
+                    + (
+                        f"Use {flag(name)}{'' if has is True else f' {has}'}."
+                        if has
+                        else "Drop it."
+                    )
                 )
 
 

@@ -21,6 +21,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_moe_comp.lsh_options import flag
 from megatron_moe_comp.mcore.biased_attention import carry_bias_gradient
 from megatron_moe_comp.mcore.t5_specs import moe_layer_pattern, t5_block_specs
 from megatron_moe_comp.t5_options import Activation, T5Options
@@ -102,9 +103,7 @@ def _check_args(args: Namespace) -> None:
     ):
         value = getattr(args, option, allowed[0])
         if value not in allowed:
-            raise ValueError(
-                f"--{option.replace('_', '-')}={value}: not with T5, since {why}. Drop the option."
-            )
+            raise ValueError(f"{flag(option)}={value}: not with T5, since {why}. Drop the option.")
     biased = args.num_experts is not None and args.add_bias_linear
     if biased and args.expert_model_parallel_size == 1 and args.transformer_impl == "local":
         raise ValueError(
