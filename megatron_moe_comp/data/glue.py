@@ -7,7 +7,6 @@ Hugging Face's export.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -19,7 +18,7 @@ from megatron_moe_comp.data.errors import PreparationError, run_command
 from megatron_moe_comp.data.glue_tasks import TASKS, Unlabelled, convert_row
 from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import Outputs
-from megatron_moe_comp.data.pairs import FoundLines
+from megatron_moe_comp.data.pairs import FoundLines, decode_line, parse_object, write_pairs
 
 # The first that is there is read.
 STEMS = {
@@ -84,28 +83,21 @@ def convert_file(name: str, split: str, path: Path) -> Converted:
 _Rows = Iterator[tuple[int, dict[str, object] | PreparationError]]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str | PreparationError]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8").removeprefix("\ufeff")
-            except UnicodeDecodeError as error:
-                reason = f"byte {error.start} (0x{line[error.start]:02x}) is not UTF-8"
-                yield number, PreparationError(reason)
-            else:
-                yield number, text.rstrip("\r\n")
+        yield from ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
 
 
 def _read_tsv(name: str, path: Path) -> _Rows:
     header: Sequence[str] = ()
     for number, line in _read_lines(path):
-        if isinstance(line, PreparationError):
-            yield number, line
+        try:
+            text = decode_line(line)
+        except PreparationError as error:
+            yield number, error
             continue
         # GLUE quotes nothing: a quotation mark is one of the text.
-        cells = line.split("\t")
+        cells = text.rstrip("\r\n").split("\t")
         if not header:
             known = {column for columns in TASKS[name].fields.values() for column in columns}
             if known.intersection(cells) or not TASKS[name].columns:
@@ -120,18 +112,10 @@ def _read_tsv(name: str, path: Path) -> _Rows:
 
 def _read_jsonl(path: Path) -> _Rows:
     for number, line in _read_lines(path):
-        if isinstance(line, PreparationError):
-            yield number, line
-            continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, PreparationError(f"not JSON ({error})")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            yield number, PreparationError(f"a JSON {type(row).__name__}, not an object")
+            yield number, parse_object(decode_line(line))
+        except PreparationError as error:
+            yield number, error
 
 
 def convert_task(name: str, folder: Path, prefix: Path, skip_bad_rows: bool) -> list[str]:
@@ -167,9 +151,7 @@ def _write(converted: dict[str, Converted], outputs: Outputs) -> None:
             path.unlink(missing_ok=True)
             continue
         partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            for text, target in converted[split].pairs:
-                stream.write(json.dumps({"input": text, "target": target}) + "\n")
+        write_pairs(partial, converted[split].pairs)
         os.replace(partial, path)
 
 

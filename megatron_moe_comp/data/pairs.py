@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -151,23 +151,42 @@ def read_pairs(
     return Pairs(path, file_state, reader.line_starts, reader.inputs, reader.targets, remarks)
 
 
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write inputs and targets as the file that `read_pairs` reads."""
+    with path.open("w", encoding="utf-8") as stream:
+        for text, target in pairs:
+            stream.write(json.dumps({"input": text, "target": target}) + "\n")
+
+
 def parse_pair(line: bytes) -> tuple[str, str]:
     """The input and the target of one line.
 
     Raises:
         PreparationError: the line holds no such pair; the message does not name the line.
     """
+    value = parse_object(decode_line(line))
+    return _text(value, "input"), _text(value, "target")
+
+
+def decode_line(line: bytes) -> str:
+    """The text of a line, without a byte order mark; PreparationError if it is not UTF-8."""
     try:
-        value = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+        return line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise PreparationError(
             f"byte {error.start} (0x{line[error.start]:02x}) is not UTF-8"
         ) from None
+
+
+def parse_object(line: str) -> dict[str, object]:
+    """The JSON object of a line; PreparationError if it is none."""
+    try:
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PreparationError(f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise PreparationError(f"a JSON {type(value).__name__}, not an object")
-    return _text(value, "input"), _text(value, "target")
+    return value
 
 
 def _text(value: dict[str, object], key: str) -> str:

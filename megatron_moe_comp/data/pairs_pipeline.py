@@ -1,6 +1,5 @@
 """Python source to pairs: :func:`prepare_pairs` takes options and leaves the files of a prefix."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_moe_comp.data.errors import PreparationError
 from megatron_moe_comp.data.function_tasks import TASKS, Function, cut_at_line, find_functions
 from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import AnyManifest, Outputs
+from megatron_moe_comp.data.pairs import write_pairs
 from megatron_moe_comp.data.pipeline import CHANGED_WHILE_READ, fingerprint_sources, log_to_stderr
 from megatron_moe_comp.data.tokenizer import T5, load_tokenizer, sample_windows, train_tokenizer
 
@@ -193,7 +193,7 @@ def _build(
     task = TASKS[options.task]
     statistics: dict[str, PairStatistics] = {}
     seen: set[str] = set()
-    repeated = too_long = without_target = 0
+    left_out: Counter[str] = Counter()
     for split, files in ((name, functions.files[name]) for name in splits.SPLIT_NAMES):
         if not files:
             continue
@@ -202,24 +202,22 @@ def _build(
             whole = task.whole_input(function)
             text = cut_at_line(whole, options.max_input_tokens - 1, processor)
             if text is None:
-                too_long += 1
+                left_out["too_long"] += 1
             elif text in seen:
                 # Also with another target: it would be no task to tell the two apart.
-                repeated += 1
+                left_out["repeated"] += 1
+            elif target := task.target(function, text.count("\n") + 1):
+                pairs.append((text, target))
             else:
+                left_out["without_target"] += 1
+            if text is not None:
                 seen.add(text)
-                if target := task.target(function, text.count("\n") + 1):
-                    pairs.append((text, target))
-                else:
-                    without_target += 1
         if not pairs:
             raise PreparationError(
                 f"--split {splits.format_split(options.split)}: the {files} file(s) of {split} "
                 "hold no function to ask about: give more files, or the split a share of 0"
             )
-        with built.pairs(split).open("w", encoding="utf-8") as stream:
-            for text, target in pairs:
-                stream.write(json.dumps({"input": text, "target": target}) + "\n")
+        write_pairs(built.pairs(split), pairs)
         statistics[split] = _count(files, pairs, processor)
     everything = [function for part in functions.by_split.values() for function in part]
     return PairsManifest(
@@ -227,9 +225,9 @@ def _build(
         splits=statistics,
         functions=len(everything),
         special_functions=sum(function.is_special for function in everything),
-        repeated=repeated,
-        too_long=too_long,
-        without_target=without_target,
+        repeated=left_out["repeated"],
+        too_long=left_out["too_long"],
+        without_target=left_out["without_target"],
         not_python=functions.not_python,
     )
 
