@@ -10,6 +10,8 @@
 ``options.py`` holds what the user can choose, ``pipeline.py`` runs the whole line, and
 ``prepare.py`` is the command: ``python -m megatron_moe_comp.data.prepare --help``.
 
+``making.py`` makes the files of a prefix once, for both pipelines.
+
 For sequence-to-sequence training, pairs of an input and a target text, one JSON object a line:
 
     glue.py             the tasks of GLUE as text, from local files; a command

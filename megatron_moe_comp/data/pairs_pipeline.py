@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from megatron_moe_comp.data import corpora, splits
 from megatron_moe_comp.data.corpora import BadDocument, Corpus
 from megatron_moe_comp.data.errors import PreparationError
 from megatron_moe_comp.data.function_tasks import TASKS, Function, cut_at_line, find_functions
+from megatron_moe_comp.data.making import Prepared, fingerprint_sources, log_to_stderr, make
 from megatron_moe_comp.data.options import check_prefix
 from megatron_moe_comp.data.outputs import AnyManifest, Outputs
 from megatron_moe_comp.data.pairs import write_pairs
-from megatron_moe_comp.data.pipeline import CHANGED_WHILE_READ, fingerprint_sources, log_to_stderr
 from megatron_moe_comp.data.tokenizer import T5, load_tokenizer, sample_windows, train_tokenizer
 
 # Raised when the same options and inputs would give other files than before.
@@ -88,16 +89,9 @@ class PairsManifest(AnyManifest):
     not_python: list[str]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The files of a prefix and what they hold; ``reused`` if they were there already."""
-
-    outputs: Outputs
-    manifest: PairsManifest
-    reused: bool
-
-
-def prepare_pairs(options: PairsOptions, log: Callable[[str], None] = log_to_stderr) -> Prepared:
+def prepare_pairs(
+    options: PairsOptions, log: Callable[[str], None] = log_to_stderr
+) -> Prepared[PairsManifest]:
     """The pair files and tokenizer of ``options.output_prefix``, made unless they are there.
 
     Raises:
@@ -119,22 +113,8 @@ def prepare_pairs(options: PairsOptions, log: Callable[[str], None] = log_to_std
         "split": list(options.split),
         "seed": options.seed,
     }
-    if (manifest := _current_manifest(outputs, fingerprint)) is not None:
-        return Prepared(outputs, manifest, reused=True)
-    with outputs.locked(log):
-        if (manifest := _current_manifest(outputs, fingerprint)) is not None:
-            return Prepared(outputs, manifest, reused=True)
-        with outputs.building() as built:
-            manifest = _build(built, options, corpus, fingerprint, log)
-            if fingerprint_sources(corpus) != fingerprint["inputs"]:
-                raise PreparationError(CHANGED_WHILE_READ)
-            manifest = outputs.publish(built, manifest)
-    return Prepared(outputs, manifest, reused=False)
-
-
-def _current_manifest(outputs: Outputs, fingerprint: dict[str, Any]) -> PairsManifest | None:
-    manifest = outputs.read_manifest(PairsManifest)
-    return manifest if manifest is not None and manifest.fingerprint == fingerprint else None
+    build = partial(_build, options=options, corpus=corpus, log=log)
+    return make(outputs, PairsManifest, corpus, fingerprint, build, log)
 
 
 @dataclass(frozen=True)
@@ -190,28 +170,13 @@ def _build(
     built.tokenizer.write_bytes(model)
     processor = load_tokenizer(model)
     log("writing pairs")
-    task = TASKS[options.task]
     statistics: dict[str, PairStatistics] = {}
     seen: set[str] = set()
     left_out: Counter[str] = Counter()
     for split, files in ((name, functions.files[name]) for name in splits.SPLIT_NAMES):
         if not files:
             continue
-        pairs = []
-        for function in functions.by_split[split]:
-            whole = task.whole_input(function)
-            text = cut_at_line(whole, options.max_input_tokens - 1, processor)
-            if text is None:
-                left_out["too_long"] += 1
-            elif text in seen:
-                # Also with another target: it would be no task to tell the two apart.
-                left_out["repeated"] += 1
-            elif target := task.target(function, text.count("\n") + 1):
-                pairs.append((text, target))
-            else:
-                left_out["without_target"] += 1
-            if text is not None:
-                seen.add(text)
+        pairs = _make_pairs(functions.by_split[split], options, processor, seen, left_out)
         if not pairs:
             raise PreparationError(
                 f"--split {splits.format_split(options.split)}: the {files} file(s) of {split} "
@@ -230,6 +195,34 @@ def _build(
         without_target=left_out["without_target"],
         not_python=functions.not_python,
     )
+
+
+def _make_pairs(
+    functions: Sequence[Function],
+    options: PairsOptions,
+    processor: sentencepiece.SentencePieceProcessor,
+    seen: set[str],
+    left_out: Counter[str],
+) -> list[tuple[str, str]]:
+    """The pairs of functions whose inputs are not among those ``seen``, which it adds to."""
+    task = TASKS[options.task]
+    pairs = []
+    for function in functions:
+        whole = task.whole_input(function)
+        text = cut_at_line(whole, options.max_input_tokens - 1, processor)
+        if text is None:
+            left_out["too_long"] += 1
+            continue
+        if text in seen:
+            # Also with another target: it would be no task to tell the two apart.
+            left_out["repeated"] += 1
+            continue
+        seen.add(text)
+        if target := task.target(function, text.count("\n") + 1):
+            pairs.append((text, target))
+        else:
+            left_out["without_target"] += 1
+    return pairs
 
 
 def _count(

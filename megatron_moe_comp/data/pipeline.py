@@ -12,6 +12,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from megatron_moe_comp.data import corpora, splits
 from megatron_moe_comp.data.corpora import BadDocument, Corpus, Document
 from megatron_moe_comp.data.encoding import AssignedText, encode_in_order
 from megatron_moe_comp.data.errors import PreparationError
+from megatron_moe_comp.data.making import (
+    CHANGED_WHILE_READ,
+    Prepared,
+    fingerprint_sources,
+    log_to_stderr,
+    make,
+)
 from megatron_moe_comp.data.options import PrepareOptions
 from megatron_moe_comp.data.outputs import Manifest, Outputs, SplitStatistics
 from megatron_moe_comp.data.tokenizer import (
@@ -40,15 +48,6 @@ _BAD_DOCUMENTS_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The files of a prefix and what they hold; ``reused`` if they were there already."""
-
-    outputs: Outputs
-    manifest: Manifest
-    reused: bool
-
-
-@dataclass(frozen=True)
 class Scan:
     """What the first reading found; ``splits`` has no tokens yet.
 
@@ -62,12 +61,9 @@ class Scan:
     bad_documents: list[str]
 
 
-def log_to_stderr(message: str) -> None:
-    """Print ``message`` where it does not mix with results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def prepare(options: PrepareOptions, log: Callable[[str], None] = log_to_stderr) -> Prepared:
+def prepare(
+    options: PrepareOptions, log: Callable[[str], None] = log_to_stderr
+) -> Prepared[Manifest]:
     """The files of ``options.output_prefix``, made unless they are there for these inputs.
 
     Raises:
@@ -82,23 +78,8 @@ def prepare(options: PrepareOptions, log: Callable[[str], None] = log_to_stderr)
     fingerprint = _fingerprint(options, corpus, model)
     outputs = Outputs(Path(options.output_prefix))
     _check_tokenizer_is_no_output(options, outputs)
-    if (manifest := _current_manifest(outputs, fingerprint)) is not None:
-        return Prepared(outputs, manifest, reused=True)
-    with outputs.locked(log):
-        if (manifest := _current_manifest(outputs, fingerprint)) is not None:
-            return Prepared(outputs, manifest, reused=True)
-        if (old := outputs.read_manifest()) is not None:
-            changed = [key for key in fingerprint if old.fingerprint.get(key) != fingerprint[key]]
-            log(f"rebuilding {outputs.prefix}: changed since last time: {', '.join(changed)}")
-        with outputs.building() as built:
-            manifest = _build(built, options, corpus, model, fingerprint, log)
-            if fingerprint_sources(corpus) != fingerprint["inputs"]:
-                raise PreparationError(CHANGED_WHILE_READ)
-            manifest = outputs.publish(built, manifest)
-    return Prepared(outputs, manifest, reused=False)
-
-
-CHANGED_WHILE_READ = "an input file changed while it was read: run again when it is complete"
+    build = partial(_build, options=options, corpus=corpus, model=model, log=log)
+    return make(outputs, Manifest, corpus, fingerprint, build, log)
 
 
 def _find_corpus(options: PrepareOptions) -> Corpus:
@@ -117,11 +98,6 @@ def _check_tokenizer_is_no_output(options: PrepareOptions, outputs: Outputs) -> 
         )
 
 
-def _current_manifest(outputs: Outputs, fingerprint: dict[str, Any]) -> Manifest | None:
-    manifest = outputs.read_manifest()
-    return manifest if manifest is not None and manifest.fingerprint == fingerprint else None
-
-
 def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -> dict[str, Any]:
     """Everything that decides the files' content, as JSON keeps it; not the workers."""
     return {
@@ -135,19 +111,6 @@ def _fingerprint(options: PrepareOptions, corpus: Corpus, model: bytes | None) -
         "json_key": options.json_key,
         "skip_bad_input": options.skip_bad_input,
     }
-
-
-def fingerprint_sources(corpus: Corpus) -> str:
-    """A digest of each file's name, size and modification time, as make would judge them."""
-    digest = hashlib.sha256()
-    for source in corpus.sources:
-        try:
-            status = source.path.stat()
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            state = "unreadable"
-        digest.update(f"{source.name}\0{state}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _build(

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
 from megatron_moe_comp.data.errors import run_command
+from megatron_moe_comp.data.making import Prepared
 from megatron_moe_comp.data.options import PrepareOptions, default_workers
 from megatron_moe_comp.data.outputs import Manifest
-from megatron_moe_comp.data.pipeline import Prepared, prepare
+from megatron_moe_comp.data.pipeline import prepare
 from megatron_moe_comp.data.splits import parse_split
 from megatron_moe_comp.data.tokenizer import CONVENTIONS, DEFAULT_VOCAB_SIZE
 
@@ -124,7 +125,7 @@ def parse_options(arguments: Sequence[str] | None) -> PrepareOptions:
     )
 
 
-def format_summary(prepared: Prepared) -> str:
+def format_summary(prepared: Prepared[Manifest]) -> str:
     """What was prepared, as a table, with Megatron's options for it."""
     outputs, manifest = prepared.outputs, prepared.manifest
     lines = [f"{'split':<8}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from megatron_moe_comp.data import splits
 from megatron_moe_comp.data.errors import run_command
 from megatron_moe_comp.data.function_tasks import TASKS
-from megatron_moe_comp.data.pairs_pipeline import PairsOptions, Prepared, prepare_pairs
+from megatron_moe_comp.data.making import Prepared
+from megatron_moe_comp.data.pairs_pipeline import PairsManifest, PairsOptions, prepare_pairs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +87,7 @@ def parse_options(arguments: Sequence[str] | None) -> PairsOptions:
     return PairsOptions(**fields)
 
 
-def format_summary(prepared: Prepared) -> str:
+def format_summary(prepared: Prepared[PairsManifest]) -> str:
     """What was made, as a table, with the options for training on it."""
     outputs, manifest = prepared.outputs, prepared.manifest
     head = f"{'split':<8}{'files':>8}{'pairs':>10}{'input tokens':>14}{'target tokens':>15}"
