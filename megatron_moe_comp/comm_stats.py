@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_moe_comp.config import WIRES, CompressionConfig, Wire
+from megatron_moe_comp.phase_times import PhaseTimes
 
 
 class Column(IntEnum):
@@ -64,6 +65,7 @@ class CommStats:
         """Operations of an expert on one row, forward and backward."""
         self.counting = True
         """False in evaluation, whose traffic would blur the figures per iteration."""
+        self.phases = PhaseTimes()
 
     def add_bytes(self, wire: Wire, raw_bytes: int, wire_bytes: int) -> None:
         """Counts one message: its size as float32 values and as handed to the collective."""

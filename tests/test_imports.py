@@ -17,6 +17,7 @@ LEVELS = {
     "t5_options": 0,
     "model_rules": 0,
     "comm_stats": 0,
+    "phase_times": 0,
     "ops": 0,
     "compression.payload": 0,
     "compression.random_stream": 0,

@@ -197,17 +197,19 @@ def send(
                 (to_receive, [b.received for b in with_piece]),
             )
         )
-        buffer = sending.encode(rows, [b.leaving for b in with_piece], message.random)
+        with stats.phases.timed("encode"):
+            buffer = sending.encode(rows, [b.leaving for b in with_piece], message.random)
         wire_bytes += buffer.numel()
         if message.measure_error:
             _measure_error(sending, rows, buffer, message, stats)
-        received, work = exchange(
-            buffer, sending.layout.byte_splits, receiving.layout.byte_splits, route.group
-        )
+        with stats.phases.timed("transfer"):
+            received, work = exchange(
+                buffer, sending.layout.byte_splits, receiving.layout.byte_splits, route.group
+            )
         under_way.append((receiving, with_piece, received, work))
         if len(under_way) > 1:
-            _finish(*under_way.pop(0), arrived_rows)
-    _finish(*under_way.pop(), arrived_rows)
+            _finish(*under_way.pop(0), arrived_rows, stats)
+    _finish(*under_way.pop(), arrived_rows, stats)
     # Stock Megatron sends a probability with each dispatched row, whether this did or not.
     raw_columns = rows.shape[1] + message.wire.startswith("dispatch")
     _count(route, message, 4 * raw_columns, wire_bytes, stats)
@@ -239,10 +241,13 @@ def _finish(
     received: torch.Tensor,
     work: dist.Work,
     rows: torch.Tensor,
+    stats: CommStats,
 ) -> None:
     """Waits for one packet and decodes it."""
-    work.wait()
-    packet.decode(received, rows, [b.arriving for b in beside])
+    with stats.phases.timed("transfer"):
+        work.wait()
+    with stats.phases.timed("decode"):
+        packet.decode(received, rows, [b.arriving for b in beside])
 
 
 class _Beside:

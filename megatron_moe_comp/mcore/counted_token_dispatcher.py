@@ -59,21 +59,25 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns rows [M, H] and probabilities [M] of this rank's experts, as stock does."""
-        rows, probs = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        with self.stats.phases.timed("transfer"):
+            rows, probs = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
         if self.ep_size > 1:
             sent, received = self._remote_rows(len(permutated_local_input_tokens))
             for before, after in ((permutated_local_input_tokens, rows), (permuted_probs, probs)):
                 self._count("dispatch_fwd", sent, before)
                 self._count_gradient("dispatch_bwd", received, after)
+                self.stats.phases.time_gradient(after, "transfer")
         return rows, probs
 
     def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Returns the experts' outputs [N, H] for this rank's tokens, as stock does."""
-        rows = super().token_combine(hidden_states, *args, **kwargs)
+        with self.stats.phases.timed("transfer"):
+            rows = super().token_combine(hidden_states, *args, **kwargs)
         if self.ep_size > 1:
             sent, received = self._remote_rows(len(rows))
             self._count("combine_fwd", received, hidden_states)
             self._count_gradient("combine_bwd", sent, rows)
+            self.stats.phases.time_gradient(rows, "transfer")
         return rows
 
     def _remote_rows(self, num_rows: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Adapts the clustering of all layers between iterations, and carries its state in checkpoints."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class LshAdaptation:
         if self._compression.moe_a2a_compress != "lsh" or not self._compression.adapts:
             return
         transformer = model_config.transformer
-        self._states = [LshState.initial(self._compression) for _ in range(num_layers)]
-        model_config.post_wrap_hooks.append(self._take_charge)
+        model_config.post_wrap_hooks.append(partial(self.take_charge, num_layers))
         finalize = transformer.finalize_model_grads_func or finalize_model_grads
 
         def finalize_and_adapt(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -62,10 +62,17 @@ class LshAdaptation:
 
         transformer.finalize_model_grads_func = finalize_and_adapt
 
-    def _take_charge(self, models: list[MegatronModule]) -> list[MegatronModule]:
-        """Returns `models`, whose layers from now on have the states kept here."""
+    def take_charge(self, num_layers: int, models: list[MegatronModule]) -> list[MegatronModule]:
+        """Returns `models`, whose layers from now on have the states kept here.
+
+        Args:
+            num_layers: the highest number that an MoE layer can have.
+            models: of this rank.
+        """
         loaded = self._load()
-        if loaded is not None:
+        if loaded is None:
+            self._states = [LshState.initial(self._compression) for _ in range(num_layers)]
+        else:
             self._states = [LshState.resumed(state, self._compression) for state in loaded]
         for layer in (module for model in models for module in model.modules()):
             dispatcher = getattr(layer, "token_dispatcher", None)

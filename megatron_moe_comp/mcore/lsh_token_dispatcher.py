@@ -96,11 +96,14 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
             fused=self.config.moe_permute_fusion,
         )
         groups = Groups(num_per_expert, self._clustered, len(rows))
-        clusters, probes = self._cluster(rows, groups)
+        with self.stats.phases.timed("encode"):
+            clusters, probes = self._cluster(rows, groups)
+            centroids = clusters.mean(rows)
+        self.stats.phases.time_gradient(centroids, "encode")
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self._gather_cluster_counts(clusters, num_per_expert)
         )
-        self._at_home = ClusteredRows(rows, row_probs, clusters, clusters.mean(rows), probes)
+        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids, probes)
         self._count_clusters(groups)
         to_send = self._to_send(self._at_home)
         return to_send, row_probs.new_ones(len(to_send))
@@ -184,11 +187,13 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._at_home = None
         if home.probes is not None:
             self._probe(home, self._of_clusters(home, outputs.detach()))
-        restored = self._of_rows(home, outputs)
-        if factor := self._residual_factor():
-            residual = home.rows - home.clusters.broadcast(home.centroids)
-            restored = restored + factor * residual
-        restored = (restored * home.probs[:, None]).to(outputs.dtype)
+        with self.stats.phases.timed("decode"):
+            restored = self._of_rows(home, outputs)
+            self.stats.phases.time_gradient(restored, "decode")
+            if factor := self._residual_factor():
+                residual = home.rows - home.clusters.broadcast(home.centroids)
+                restored = restored + factor * residual
+            restored = (restored * home.probs[:, None]).to(outputs.dtype)
         return super().combine_postprocess(restored)
 
     def _of_clusters(self, home: ClusteredRows, outputs: torch.Tensor) -> torch.Tensor:

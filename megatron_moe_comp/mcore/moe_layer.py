@@ -51,23 +51,28 @@ class CompressedMoELayer(MoELayer):
     ) -> None:
         super().__init__(*args, **kwargs)
         compression.check_model(self.config)
+        self._groups = kwargs.get("pg_collection") or get_default_pg_collection()
         is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
-        if not is_alltoall or self.config.cuda_graph_impl != "none":
-            return  # none, with a dispatcher or a capture that counting could disturb
-        dispatcher_args = (self.num_local_experts, self.local_expert_indices, self.config)
-        groups = kwargs.get("pg_collection") or get_default_pg_collection()
-        if compression.enabled:
-            self.token_dispatcher = _dispatcher_of(compression)(
-                *dispatcher_args, groups, compression=compression, step=step
-            )
-            # Two operations per weight forward, four backward; tensor parallel peers have the rest.
-            weights = sum(p.numel() for p in self.experts.parameters()) // self.num_local_experts
-            if compression.moe_lsh_gradient == "shared":
-                self.stats.flops_per_row = 6 * weights * groups.expt_tp.size()
-        else:
-            self.token_dispatcher = CountedAlltoAllTokenDispatcher(*dispatcher_args, groups)
+        # none, with a dispatcher or a capture that counting could disturb, keeps stock's.
+        if is_alltoall and self.config.cuda_graph_impl == "none":
+            self.token_dispatcher = self.new_dispatcher(compression, step)
+
+    def new_dispatcher(
+        self, compression: CompressionConfig, step: Callable[[], TrainingStep]
+    ) -> CountedAlltoAllTokenDispatcher:
+        """Returns a dispatcher for this layer that does what the options say."""
+        arguments = (self.num_local_experts, self.local_expert_indices, self.config, self._groups)
+        if not compression.enabled:
+            dispatcher = CountedAlltoAllTokenDispatcher(*arguments)
             if self.shared_expert_overlap:
-                self.token_dispatcher.set_shared_experts(self.shared_experts)
+                dispatcher.set_shared_experts(self.shared_experts)
+            return dispatcher
+        dispatcher = _dispatcher_of(compression)(*arguments, compression=compression, step=step)
+        # Two operations per weight forward, four backward; tensor parallel peers have the rest.
+        weights = sum(p.numel() for p in self.experts.parameters()) // self.num_local_experts
+        if compression.moe_lsh_gradient == "shared":
+            dispatcher.stats.flops_per_row = 6 * weights * self._groups.expt_tp.size()
+        return dispatcher
 
     @property
     def stats(self) -> CommStats | None:
