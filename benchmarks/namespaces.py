@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from typing import Self
 PREFIX = "moe-network"
 INTERFACE = "link0"
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-MIN_BURST_BYTES = 32 * 1024
+MIN_BURST_BYTES = 16 * 1024
 BURST_SECONDS = 0.5e-3
 
 Device = tuple[str, str]
@@ -74,7 +75,9 @@ def require() -> None:
         raise NetworkError("network namespaces need root. Run as root, for example with sudo.")
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
-            raise NetworkError(f"`{tool}` was not found. Install iproute2: apt-get install iproute2")
+            raise NetworkError(
+                f"`{tool}` was not found. Install iproute2: apt-get install iproute2"
+            )
     remove_leftovers()
     with Network(2) as network:
         for devices in network.devices:
@@ -139,10 +142,14 @@ def sent_bytes() -> int:
 
 
 def remove_leftovers() -> None:
-    """Removes the namespaces, and ends the processes in them, of owners that are no more."""
-    for owner in {int(name.split("-")[2]) for name in _namespaces()}:
+    """Removes what is left of owners that are no more: files, and namespaces with processes."""
+    files = {path.name: path for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*-*")}
+    for name in (*files, *_namespaces()):
+        owner = int(name.removeprefix(f"{PREFIX}-").split("-")[0])
         if not Path(f"/proc/{owner}").exists():
             _remove(owner)
+            if name in files:
+                shutil.rmtree(files[name])
 
 
 def _namespaces() -> list[str]:
@@ -171,7 +178,7 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise NetworkError(
-            f"`{' '.join(command)}` failed: {done.stderr.strip()}. In a container, give it the "
-            "capabilities NET_ADMIN and SYS_ADMIN (docker run --privileged)."
+            f"`{' '.join(command)}` failed: {done.stderr.strip()}. In a container, it needs the "
+            "capabilities NET_ADMIN and SYS_ADMIN: docker run --privileged."
         )
     return done.stdout

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 Visit = dict[str, Any]
 Row = dict[str, Any]
 
@@ -124,7 +127,9 @@ def _interface(visits: Sequence[Visit]) -> Row:
     layers = sum(step["layers_interface_bytes"] for step in first) / len(visits)
     others = sum(step["interface_bytes"] for step in first) / len(visits) - layers
     wire = sum(step["counts"]["WIRE"] for step in first) / len(visits)
-    return dict(zip(names, (round(whole), round(layers), round(others), layers / wire - 1), strict=True))
+    return dict(
+        zip(names, (round(whole), round(layers), round(others), layers / wire - 1), strict=True)
+    )
 
 
 def _matrices(visits: Sequence[Visit]) -> list[list[list[int]]]:
@@ -175,5 +180,34 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         f"{row['method']} at {row['rate']}: the interfaces counted {row['protocol_overhead']:+.1%} "
         "of the bytes that the all-to-alls were handed."
         for row in rows
-        if row["protocol_overhead"] is not None and not 0 <= row["protocol_overhead"] <= MAX_OVERHEAD
+        if row["protocol_overhead"] is not None
+        and not 0 <= row["protocol_overhead"] <= MAX_OVERHEAD
     ]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Returns the rows of one rate of a run, a line each; MB and milliseconds are per step."""
+    first = rows[0]
+    load = first["load_max_over_mean"]
+    result = Table(
+        title=f"{first['ranks']} ranks, links: {first['rate']}, {first['routing']} routing (most "
+        f"loaded rank {load['ranks']:.2f}, expert {load['experts']:.2f} times the mean)",
+        box=SIMPLE_HEAD,
+    )
+    result.add_column("method")
+    columns = ("step (ms)", "speed-up", "of gain", "MB", "ratio", "overhead")
+    for column in (*columns, *(phase for phase in first["phases"])):
+        result.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        share, overhead = row["share_of_gain"], row["protocol_overhead"]
+        result.add_row(
+            row["method"],
+            f"{row['step_ms']:.0f} ({row['step_ms_min']:.0f}..{row['step_ms_max']:.0f})",
+            f"{row['speedup']:.2f}x ({row['speedup_min']:.2f}..{row['speedup_max']:.2f})",
+            "" if share is None else f"{share:.0%}",
+            f"{row['wire_bytes'] / 1e6:.2f}",
+            f"{row['ratio']:.2f}x",
+            "" if overhead is None else f"{overhead:.1%}",
+            *(f"{ms:.0f}" for ms in row["phases"].values()),
+        )
+    return result

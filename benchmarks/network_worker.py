@@ -8,7 +8,9 @@ the iterations that it trained in, so that what it does only in some of them, or
 happens as in a run of its own.
 """
 
+import ctypes
 import json
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -18,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pretrain_gpt_moe
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelConfig
 from namespaces import sent_bytes, set_rate
 
+import pretrain_gpt_moe
 from megatron_moe_comp.comm.all_to_all import gather_over_ranks
 from megatron_moe_comp.comm_stats import Column
 from megatron_moe_comp.compression.random_stream import TrainingStep
@@ -35,11 +37,15 @@ from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
 from megatron_moe_comp.phase_times import PHASES, PhaseTimes
 
+PR_SET_PDEATHSIG = 1
+
 Step = dict[str, Any]
 
 
 def main() -> None:
     """Trains as pretrain_gpt_moe.py does, and measures what the plan says."""
+    # Killed or not, the process that started this one takes it along.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     plan = json.loads(Path(sys.argv[1]).read_text())
     sys.argv = ["pretrain_gpt_moe.py", *sys.argv[2:]]
     entry = pretrain_gpt_moe.entry
@@ -151,7 +157,12 @@ class Measurement:
         for layer, dispatcher in zip(self._layers, self._dispatchers[method], strict=True):
             layer.token_dispatcher = dispatcher
 
-    def _finalize_model_grads(self, finalize: Callable[..., None], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def _finalize_model_grads(
+        self,
+        finalize: Callable[..., None],
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         if self._is_discarded:
             dist.barrier()
             self._sent_by_layers = self._sent()
@@ -207,7 +218,9 @@ class Measurement:
         """Returns the seconds by phase, and the columns of CommStats, summed over layers."""
         stats = [dispatcher.stats for dispatcher in self._dispatchers[self._method]]
         phases = {
-            phase: sum(times.seconds[phase] for times in (self._experts, *(s.phases for s in stats)))
+            phase: sum(
+                times.seconds[phase] for times in (self._experts, *(s.phases for s in stats))
+            )
             for phase in PHASES
         }
         sums = sum(s.totals() for s in stats).sum(dim=0).tolist()
