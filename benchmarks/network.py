@@ -127,7 +127,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     """Splits lists and adds `none` to the methods; raises ValueError for what cannot work."""
     default_rates = "none" if options.unshaped else "200mbit,1gbit,none"
-    options.rates = (options.rates or default_rates).split(",")
+    options.rates = list(dict.fromkeys((options.rates or default_rates).split(",")))
     for rate in options.rates:
         bits_per_second(rate)
     if options.unshaped and options.rates != ["none"]:

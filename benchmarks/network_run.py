@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +84,11 @@ def started(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Yields the ranks' processes, each in a session of its own, and ends them."""
     processes = []
+    # Ports of namespaces are their own.
+    master = {
+        "MASTER_ADDR": network.addresses[0] if network else "127.0.0.1",
+        "MASTER_PORT": "29500" if network else str(_free_port()),
+    }
     try:
         for rank in range(num_ranks):
             command = [sys.executable, str(WORKER), str(directory / "plan"), *flags]
@@ -93,7 +99,7 @@ def started(
                 process = subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=os.environ | _environment(rank, num_ranks, network),
+                    env=os.environ | _environment(rank, num_ranks, network) | master,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -115,9 +121,6 @@ def _environment(rank: int, num_ranks: int, network: Network | None) -> dict[str
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": network.addresses[0] if network else "127.0.0.1",
-        # Ports of namespaces are their own.
-        "MASTER_PORT": "29500" if network else str(20000 + os.getpid() % 10000),
         "GLOO_SOCKET_IFNAME": INTERFACE if network else "lo",
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -125,6 +128,12 @@ def _environment(rank: int, num_ranks: int, network: Network | None) -> dict[str
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def results(processes: Sequence[subprocess.Popen[bytes]], directory: Path) -> Iterator[Visit]:
@@ -135,13 +144,14 @@ def results(processes: Sequence[subprocess.Popen[bytes]], directory: Path) -> It
         running = True
         while running:
             running = any(process.poll() is None for process in processes)
+            failures = []
             for rank, process in enumerate(processes):
                 if process.returncode:
                     log = (directory / f"rank{rank}.log").read_text(errors="replace")
-                    raise RunError(
-                        f"Rank {rank} ended with {process.returncode}:\n    "
-                        + "\n    ".join(log.splitlines()[-SHOWN_LOG_LINES:])
-                    )
+                    lines_shown = log.splitlines()[-SHOWN_LOG_LINES:]
+                    failures += [f"Rank {rank} ended with {process.returncode}:", *lines_shown]
+            if failures:
+                raise RunError("\n    ".join(failures))
             position = lines.tell()
             while (line := lines.readline()).endswith("\n"):
                 position = lines.tell()
