@@ -67,9 +67,8 @@ def make_row(visits: Sequence[Visit], rate: str, method: str, hidden_size: int) 
 
 def step_seconds(visit: Visit) -> list[float]:
     """Returns the time of each timed step, of the slowest rank."""
-    return [max(s["seconds"] for s in of_ranks) for of_ranks in zip(*visit["ranks"], strict=True)][
-        1:
-    ]
+    steps = list(zip(*visit["ranks"], strict=True))
+    return [max(step["seconds"] for step in of_ranks) for of_ranks in steps[1:]]
 
 
 def shares_of_gain(

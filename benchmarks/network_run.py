@@ -1,6 +1,7 @@
 """One training run of benchmarks/network.py: its visits, its flags, its ranks' processes."""
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ WORKER = Path(__file__).resolve().with_name("network_worker.py")
 NUM_EXPERTS, TOP_K, HEAD_SIZE = 8, 2, 64
 VOCABULARY = 1024
 SHOWN_LOG_LINES = 20
+PR_SET_PDEATHSIG = 1
 
 
 class RunError(Exception):
@@ -104,6 +106,7 @@ def started(
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
             processes.append(process)
         yield processes
@@ -112,6 +115,11 @@ def started(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _end_with_parent() -> None:
+    """Has the kernel end this process when its parent ends, be it killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(rank: int, num_ranks: int, network: Network | None) -> dict[str, str]:

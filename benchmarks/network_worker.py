@@ -8,9 +8,7 @@ the iterations that it trained in, so that what it does only in some of them, or
 happens as in a run of its own.
 """
 
-import ctypes
 import json
-import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -37,15 +35,11 @@ from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
 from megatron_moe_comp.phase_times import PHASES, PhaseTimes
 
-PR_SET_PDEATHSIG = 1
-
 Step = dict[str, Any]
 
 
 def main() -> None:
     """Trains as pretrain_gpt_moe.py does, and measures what the plan says."""
-    # Killed or not, the process that started this one takes it along.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     plan = json.loads(Path(sys.argv[1]).read_text())
     sys.argv = ["pretrain_gpt_moe.py", *sys.argv[2:]]
     entry = pretrain_gpt_moe.entry
