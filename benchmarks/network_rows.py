@@ -23,8 +23,11 @@ MAX_OVERHEAD = 0.1
 def make_row(visits: Sequence[Visit], rate: str, method: str, hidden_size: int) -> Row:
     """Returns the figures of one method at one rate, of a model and routing.
 
-    Bytes are per step and summed over ranks unless a name says otherwise. With unshaped links that
-    were not counted, those of interfaces are None.
+    Times are of the slowest rank. `speedup` and `share_of_gain` are medians over repeats, each of
+    them compared with `none` in the same repeat. Bytes are per step and summed over ranks:
+    `wire_bytes` as handed to the collectives, `float32_bytes` as stock would in float32; those of
+    interfaces include headers, and are None where no interface is of the run alone.
+    `most_loaded_bytes` are of one rank, layer and micro-batch; `phases` see there.
 
     Args:
         visits: all of a run but those that only warm up.
