@@ -1,6 +1,7 @@
 """What bf16, fp16, fp8 and mxfp8 share: small floating-point numbers, with scales or without."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,8 @@ from megatron_moe_comp.compression.random_stream import RandomStream
 
 class SmallFloat(Codec):
     """Rows in the format of `ops.CAST_FORMATS` that has the codec's name, rounded to nearest."""
+
+    kernels: ClassVar[tuple[str, ...]] = ("cast_pack", "unpack_cast")
 
     def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
         """Returns the numbers and, if the format has them, the scales."""
