@@ -59,11 +59,13 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for, prints a table and writes the JSON file."""
     options = parse_options(arguments)
-    uses_rq = any(name == "rq" for name in options.codecs)
-    if uses_rq and "compiled" in options.impl and not ops.is_compiled("cpu"):
+    kernels = {op for name in options.codecs for op in CODECS[name].kernels}
+    missing = sorted(op for op in kernels if not ops.is_compiled("cpu", op))
+    if missing and "compiled" in options.impl:
         sys.exit(
-            "--impl=compiled: the C++ kernels of rq are not built, so the reference would be "
-            "measured instead. Build them with scripts/setup.sh, or use --impl=reference."
+            f"--impl=compiled: the C++ kernels {', '.join(missing)} are not built, so their "
+            "references would be measured. Build them with scripts/setup.sh, or use "
+            "--impl=reference."
         )
     results = []
     for size in options.sizes:
@@ -102,31 +104,34 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, int | None, str]]:
-    """Yields codec, bits and implementation; only rq has a kernel to compare its reference with."""
+    """Yields codec, bits and implementation; "torch" for a codec that has no kernels."""
     for name in options.codecs:
         low, high = BITS_RANGE.get(name, (0, 0))
         for bits in [b for b in options.bits if low <= b <= high] if high else [None]:
-            for impl in options.impl if name == "rq" else ["torch"]:
+            for impl in options.impl if CODECS[name].kernels else ["torch"]:
                 yield name, bits, impl
 
 
 @contextmanager
 def implementation(impl: str) -> Iterator[None]:
-    """Makes rq call the references of its ops within the context, if `impl` says so."""
+    """Makes codecs call the references of their ops within the context, if `impl` says so."""
     if impl != "reference":
         yield
         return
-    pack, unpack = (
+    pack, unpack, cast = (
         sys.modules[f"megatron_moe_comp.ops.{name}"]
-        for name in ("quantize_pack", "unpack_dequantize")
+        for name in ("quantize_pack", "unpack_dequantize", "cast_pack")
     )
 
     def quantize_pack(*args: Any, key: int, offset: int, stream: int) -> None:  # noqa: ANN401
         pack._reference(*args, key, offset, stream)
 
-    with (
-        mock.patch.object(ops, "quantize_pack", quantize_pack),
-        mock.patch.object(ops, "unpack_dequantize", unpack._reference),
+    with mock.patch.multiple(
+        ops,
+        quantize_pack=quantize_pack,
+        unpack_dequantize=unpack._reference,
+        cast_pack=cast._pack_reference,
+        unpack_cast=cast._unpack_reference,
     ):
         yield
 

@@ -17,8 +17,7 @@ inline void check_range(int64_t segment, const char* what, int64_t offset, int64
                     offset, " must lie in the message of ", message_bytes, " bytes");
 }
 
-inline void check_tensors(const at::Tensor& rows, const std::optional<at::Tensor>& row_scales,
-                   const at::Tensor& message) {
+inline void check_tensors(const at::Tensor& rows, const at::Tensor& message) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.is_floating_point(),
                     "rows must be contiguous [N, H] of a floating-point dtype, not ",
                     rows.scalar_type(), " ", rows.sizes(), " with strides ", rows.strides());
@@ -28,28 +27,30 @@ inline void check_tensors(const at::Tensor& rows, const std::optional<at::Tensor
       " with strides ", message.strides());
   TORCH_CHECK_VALUE(message.device() == rows.device(), "message must be on ", rows.device(),
                     " like rows, not on ", message.device());
-  if (!row_scales) return;
-  TORCH_CHECK_VALUE(row_scales->dim() == 1 && row_scales->size(0) == rows.size(0) &&
-                        row_scales->is_contiguous() && row_scales->scalar_type() == at::kFloat &&
-                        row_scales->device() == rows.device(),
-                    "row_scales must be contiguous float32 [", rows.size(0), "] on ", rows.device(),
-                    ", not ", row_scales->scalar_type(), " ", row_scales->sizes(), " on ",
-                    row_scales->device());
 }
 
-// Throws a ValueError that names the value and the requirement unless all tensors have the right
-// form and every segment lies inside of them.
-inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
-                            const std::optional<at::Tensor>& row_scales,
-                            const at::Tensor& message) {
-  check_tensors(rows, row_scales, message);
+inline void check_row_scales(const at::Tensor& row_scales, const at::Tensor& rows) {
+  TORCH_CHECK_VALUE(row_scales.dim() == 1 && row_scales.size(0) == rows.size(0) &&
+                        row_scales.is_contiguous() && row_scales.scalar_type() == at::kFloat &&
+                        row_scales.device() == rows.device(),
+                    "row_scales must be contiguous float32 [", rows.size(0), "] on ", rows.device(),
+                    ", not ", row_scales.scalar_type(), " ", row_scales.sizes(), " on ",
+                    row_scales.device());
+}
+
+// Throws a ValueError that names the value and the requirement unless the tensors have the right
+// form and every segment lies inside of them. The message has `row_scale_bytes` of scales per row.
+inline void check_segments(at::IntArrayRef table, const at::Tensor& rows,
+                           const at::Tensor& message, int64_t min_bits, int64_t max_bits,
+                           int64_t row_scale_bytes) {
+  check_tensors(rows, message);
   TORCH_CHECK_VALUE(table.size() % kSegmentFields == 0, "segments must hold ", kSegmentFields,
                     " integers per segment, not ", table.size(), " in all");
   for (size_t i = 0; i < table.size(); i += kSegmentFields) {
     const int64_t number = static_cast<int64_t>(i) / kSegmentFields;
     const int64_t first_row = table[i], num_rows = table[i + 1], num_bits = table[i + 2];
-    TORCH_CHECK_VALUE(kMinBits <= num_bits && num_bits <= kMaxBits, "segment ", number,
-                      ": num_bits must be ", kMinBits, " to ", kMaxBits, ", not ", num_bits);
+    TORCH_CHECK_VALUE(min_bits <= num_bits && num_bits <= max_bits, "segment ", number,
+                      ": num_bits must be ", min_bits, " to ", max_bits, ", not ", num_bits);
     TORCH_CHECK_VALUE(0 <= first_row && first_row <= rows.size(0) && 0 <= num_rows &&
                           num_rows <= rows.size(0) - first_row,
                       "segment ", number, ": its ", num_rows, " rows from row ", first_row,
@@ -57,8 +58,18 @@ inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
     if (num_rows == 0) continue;
     const int64_t row_bytes = packed_bytes(rows.size(1), static_cast<int>(num_bits));
     check_range(number, "codes", table[i + 3], num_rows * row_bytes, message.numel());
-    if (!row_scales) check_range(number, "scales", table[i + 4], 4 * num_rows, message.numel());
+    if (row_scale_bytes > 0) {
+      check_range(number, "scales", table[i + 4], num_rows * row_scale_bytes, message.numel());
+    }
   }
+}
+
+// The same for quantize_pack and unpack_dequantize, whose scales are given or float32.
+inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
+                            const std::optional<at::Tensor>& row_scales,
+                            const at::Tensor& message) {
+  check_segments(table, rows, message, kMinBits, kMaxBits, row_scales ? 0 : 4);
+  if (row_scales) check_row_scales(*row_scales, rows);
 }
 
 }  // namespace moe_comp

@@ -4,10 +4,7 @@
 
 namespace moe_comp {
 
-std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& rows,
-                                      const std::optional<at::Tensor>& row_scales,
-                                      const at::Tensor& message) {
-  check_arguments(table, rows, row_scales, message);
+std::vector<Segment> segments_of(at::IntArrayRef table) {
   std::vector<Segment> segments;
   for (size_t i = 0; i < table.size(); i += kSegmentFields) {
     if (table[i + 1] == 0) continue;
@@ -15,6 +12,13 @@ std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& r
                         table[i + 4]});
   }
   return segments;
+}
+
+std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& rows,
+                                      const std::optional<at::Tensor>& row_scales,
+                                      const at::Tensor& message) {
+  check_arguments(table, rows, row_scales, message);
+  return segments_of(table);
 }
 
 }  // namespace moe_comp

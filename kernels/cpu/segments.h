@@ -23,7 +23,10 @@ struct Segment {
   int64_t scales_offset;
 };
 
-// Returns the segments of an op's table. Throws a ValueError that names the value and the
+// Returns the segments with rows of an op's table.
+std::vector<Segment> segments_of(at::IntArrayRef table);
+
+// The same of quantize_pack and unpack_dequantize. Throws a ValueError that names the value and the
 // requirement unless all tensors have the right form and every segment lies inside of them.
 std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& rows,
                                       const std::optional<at::Tensor>& row_scales,

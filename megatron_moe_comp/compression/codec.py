@@ -22,6 +22,8 @@ class Codec(ABC):
     name: ClassVar[str]
     num_bits_range: ClassVar[tuple[int, int] | None] = None
     """The fewest and most bits per value; None: fixed by the format, whatever is asked for."""
+    kernels: ClassVar[tuple[str, ...]] = ()
+    """The ops that encode and decode; none: operations of torch."""
 
     @abstractmethod
     def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:

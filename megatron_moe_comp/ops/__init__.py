@@ -12,6 +12,7 @@ import importlib.util
 import torch
 
 from megatron_moe_comp.ops.allocate_bits import allocate_bits
+from megatron_moe_comp.ops.cast_pack import CAST_FORMATS, cast_pack, unpack_cast
 from megatron_moe_comp.ops.cluster_sum import cluster_broadcast, cluster_sum
 from megatron_moe_comp.ops.lsh_hash import dense_hash, hadamard_hash
 from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize_pack
@@ -19,9 +20,11 @@ from megatron_moe_comp.ops.segments import OpSegment, flatten
 from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
 
 __all__ = [
+    "CAST_FORMATS",
     "OpSegment",
     "absmax",
     "allocate_bits",
+    "cast_pack",
     "cluster_broadcast",
     "cluster_sum",
     "dense_hash",
@@ -30,6 +33,7 @@ __all__ = [
     "is_compiled",
     "packed_bytes",
     "quantize_pack",
+    "unpack_cast",
     "unpack_dequantize",
 ]
 

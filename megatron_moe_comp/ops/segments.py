@@ -31,12 +31,13 @@ def flatten(segments: Sequence[OpSegment]) -> list[int]:
     return [value for segment in segments for value in segment]
 
 
-def blocks(table: Sequence[int], row_values: int) -> Iterator[OpSegment]:
+def blocks(table: Sequence[int], row_values: int, row_scale_bytes: int = 4) -> Iterator[OpSegment]:
     """Yields an op's segments, in pieces of about `_BLOCK_VALUES` values.
 
     Args:
         table: as `flatten` returns it.
         row_values: values in a row.
+        row_scale_bytes: bytes of a row's scales in the message.
     """
     rows = max(1, _BLOCK_VALUES // max(1, row_values))
     for i in range(0, len(table), FIELDS):
@@ -48,7 +49,7 @@ def blocks(table: Sequence[int], row_values: int) -> Iterator[OpSegment]:
                 min(rows, num_rows - start),
                 num_bits,
                 codes + start * row_bytes,
-                scales + start * 4,
+                scales + start * row_scale_bytes,
             )
 
 
@@ -58,26 +59,47 @@ def check(
     row_scales: torch.Tensor | None,
     message: torch.Tensor,
 ) -> None:
-    """Raises ValueError unless an op's tensors have the right form and hold its segments."""
+    """Raises ValueError unless the tensors of quantize_pack have the right form and sizes."""
+    if row_scales is None:
+        check_segments(table, rows, message, range(MIN_BITS, MAX_BITS + 1), row_scale_bytes=4)
+        return
+    check_segments(table, rows, message, range(MIN_BITS, MAX_BITS + 1), row_scale_bytes=0)
+    if row_scales.shape != rows.shape[:1] or row_scales.dtype != torch.float32:
+        raise ValueError(f"row_scales must be float32 [{len(rows)}], not {row_scales.shape}")
+
+
+def check_segments(
+    table: Sequence[int],
+    rows: torch.Tensor,
+    message: torch.Tensor,
+    widths: range,
+    row_scale_bytes: int,
+) -> None:
+    """Raises ValueError unless an op's tensors have the right form and hold its segments.
+
+    Args:
+        table: as `flatten` returns it.
+        rows: of the op.
+        message: of the op.
+        widths: the numbers of bits that there may be.
+        row_scale_bytes: bytes of a row's scales in the message.
+    """
     if rows.dim() != 2 or not rows.is_contiguous() or not rows.is_floating_point():
         raise ValueError(f"rows must be contiguous [N, H] of a floating-point dtype: {rows.shape}")
     if message.dim() != 1 or not message.is_contiguous() or message.dtype != torch.uint8:
         raise ValueError(f"message must be contiguous uint8 [bytes], not {message.dtype}")
-    if row_scales is not None and (
-        row_scales.shape != rows.shape[:1] or row_scales.dtype != torch.float32
-    ):
-        raise ValueError(f"row_scales must be float32 [{len(rows)}], not {row_scales.shape}")
     if len(table) % FIELDS:
         raise ValueError(f"segments must hold {FIELDS} integers per segment, not {len(table)}")
     for i in range(0, len(table), FIELDS):
         segment = OpSegment(*table[i : i + FIELDS])
-        if not MIN_BITS <= segment.num_bits <= MAX_BITS:
-            raise ValueError(f"num_bits must be {MIN_BITS} to {MAX_BITS}: {segment}")
+        if segment.num_bits not in widths:
+            raise ValueError(f"num_bits must be {widths[0]} to {widths[-1]}: {segment}")
         if not 0 <= segment.first_row <= segment.first_row + segment.num_rows <= len(rows):
             raise ValueError(f"a segment's rows must lie in the {len(rows)} rows: {segment}")
-        parts = [("codes", segment.codes_offset, -(-rows.shape[1] * segment.num_bits // 8))]
-        if row_scales is None:
-            parts.append(("scales", segment.scales_offset, 4))
-        for name, start, row_bytes in parts if segment.num_rows else ():
-            if not 0 <= start <= len(message) - segment.num_rows * row_bytes:
+        row_bytes = -(-rows.shape[1] * segment.num_bits // 8)
+        parts = [("codes", segment.codes_offset, row_bytes)]
+        if row_scale_bytes:
+            parts.append(("scales", segment.scales_offset, row_scale_bytes))
+        for name, start, size in parts if segment.num_rows else ():
+            if not 0 <= start <= len(message) - segment.num_rows * size:
                 raise ValueError(f"{name} must lie in the {len(message)} bytes: {segment}")

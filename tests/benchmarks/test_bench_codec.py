@@ -32,7 +32,7 @@ def run(tmp_path, options):
 
 
 def test_every_codec_has_a_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "is_compiled", lambda device: True)
+    monkeypatch.setattr(ops, "is_compiled", lambda device, op: True)
     rows = run(tmp_path, "--sizes 1 --hidden 64 --bits 3,4 --dtypes float32,bfloat16")
     assert {row["codec"] for row in rows} == set(bench_codec.CODECS) - {"identity"}
     assert {row["bits"] for row in rows if row["codec"] == "rq"} == {3, 4}
@@ -44,20 +44,25 @@ def test_every_codec_has_a_row(tmp_path, monkeypatch, capsys):
     assert "share of memcpy" in capsys.readouterr().out
 
 
-def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("codec", "op", "name"),
+    [("rq", "quantize_pack", "_reference"), ("fp8", "cast_pack", "_unpack_reference")],
+)
+def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch, codec, op, name):
     called = []
-    module = sys.modules["megatron_moe_comp.ops.quantize_pack"]
-    reference = module._reference
-    monkeypatch.setattr(module, "_reference", lambda *args: (called.append(1), reference(*args))[0])
-    (row,) = run(tmp_path, "--sizes 1 --hidden 64 --codecs rq --impl reference")
+    module = sys.modules[f"megatron_moe_comp.ops.{op}"]
+    reference = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: (called.append(1), reference(*args))[0])
+    (row,) = run(tmp_path, f"--sizes 1 --hidden 64 --codecs {codec} --impl reference")
     assert row["impl"] == "reference"
     assert called
 
 
-def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch):
-    monkeypatch.setattr(ops, "is_compiled", lambda device: False)
+@pytest.mark.parametrize("codec", ["rq", "mxfp8"])
+def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr(ops, "is_compiled", lambda device, op: False)
     with pytest.raises(SystemExit, match=r"--impl=compiled: .*not built"):
-        run(tmp_path, "--sizes 1 --codecs rq")
+        run(tmp_path, f"--sizes 1 --codecs {codec}")
 
 
 def test_an_unknown_codec_is_refused(tmp_path, capsys):

@@ -77,6 +77,22 @@ def test_references_stay_on_the_device(num_bits, scales_are_given):
         assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.uint8, (16, 64))
 
 
+@pytest.mark.parametrize("name", list(ops.CAST_FORMATS))
+def test_cast_references_stay_on_the_device(name):
+    module, num_bits = (
+        sys.modules["megatron_moe_comp.ops.cast_pack"],
+        ops.CAST_FORMATS[name].num_bits,
+    )
+    segments = ops.flatten(
+        [ops.OpSegment(0, 5, num_bits, 0, 1024), ops.OpSegment(5, 11, num_bits, 2048, 0)]
+    )
+    with FakeTensorMode():
+        rows = torch.empty(16, 72, device="cuda", dtype=torch.bfloat16)
+        message = torch.empty(4096, device="cuda", dtype=torch.uint8)
+        module._pack_reference(rows, message, segments, name)
+        module._unpack_reference(message, rows, segments, name)
+
+
 def test_hashing_and_clustering_stay_on_the_device():
     with FakeTensorMode():
         rows = torch.empty(10, 24, dtype=torch.bfloat16, device="cuda", requires_grad=True)

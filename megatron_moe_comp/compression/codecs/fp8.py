@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from megatron_moe_comp.compression.codecs.block_float8 import LARGEST, BlockFloat8
-from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE
+from megatron_moe_comp.compression.codecs.small_float import SmallFloat
 
 
 @dataclass(frozen=True)
-class Float8(BlockFloat8):
+class Float8(SmallFloat):
     """Blocks of 128 values scaled so that the largest magnitude is 448, E4M3's largest number.
 
     8 + 32 / 128 = 8.25 bits per value if H is a multiple of 128. Biased: rounded to nearest, with
@@ -23,10 +20,3 @@ class Float8(BlockFloat8):
     """
 
     name: ClassVar[str] = "fp8"
-    block_size: ClassVar[int] = 128
-    scale_dtype: ClassVar[torch.dtype] = torch.float32
-
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Returns absmax / 448."""
-        # Any scale that rounds the values to zero will do for blocks of zeros.
-        return torch.where(absmax < SMALLEST_SCALE, 1.0, absmax / LARGEST)

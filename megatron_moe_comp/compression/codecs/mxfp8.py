@@ -3,19 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from megatron_moe_comp.compression.codecs.block_float8 import BlockFloat8
-
-_MANTISSA_BITS = 23
-"""Of float32."""
-_LARGEST_EXPONENT = 8
-"""Of an E4M3 number: 448 = 1.75 * 2^8."""
-_NAN = 255
+from megatron_moe_comp.compression.codecs.small_float import SmallFloat
 
 
 @dataclass(frozen=True)
-class MxFloat8(BlockFloat8):
+class MxFloat8(SmallFloat):
     """Blocks of 32 values, each with a scale 2^(floor(log2(largest magnitude)) - 8) in one byte.
 
     8 + 8 / 32 = 8.25 bits per value if H is a multiple of 32. Biased: rounded to nearest, with a
@@ -28,11 +20,3 @@ class MxFloat8(BlockFloat8):
     """
 
     name: ClassVar[str] = "mxfp8"
-    block_size: ClassVar[int] = 32
-    scale_dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
-
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Returns the scales, whose only field is an exponent biased by 127 as float32's is."""
-        exponents = (absmax.view(torch.int32) >> _MANTISSA_BITS) - _LARGEST_EXPONENT
-        codes = torch.where(absmax.isnan(), _NAN, exponents.clamp(min=0))
-        return codes.to(torch.uint8).view(self.scale_dtype)

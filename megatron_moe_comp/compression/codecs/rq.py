@@ -27,6 +27,7 @@ class RandomQuantization(Codec):
     scale_per: ScalePer = "row"
     name: ClassVar[str] = "rq"
     num_bits_range: ClassVar[tuple[int, int] | None] = (2, 8)
+    kernels: ClassVar[tuple[str, ...]] = ("quantize_pack", "unpack_dequantize")
 
     def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
         """Returns the codes and the scales."""

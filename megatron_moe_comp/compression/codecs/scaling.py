@@ -14,12 +14,3 @@ def normalized(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """
     usable = scales > 0
     return torch.where(usable, rows.float(), 0.0) / torch.where(usable, scales, 1.0)
-
-
-def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the values in `dtype`; finite ones beyond its range become its largest.
-
-    NaN and infinities stay what they are.
-    """
-    values, limit = values.float(), torch.finfo(dtype).max
-    return torch.where(values.isinf(), values, values.clamp(-limit, limit)).to(dtype)

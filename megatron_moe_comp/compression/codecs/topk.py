@@ -8,9 +8,9 @@ import torch
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.compression.codec import TensorCodec
-from megatron_moe_comp.compression.codecs.scaling import saturated
 from megatron_moe_comp.compression.payload import Section
 from megatron_moe_comp.compression.random_stream import RandomStream
+from megatron_moe_comp.ops.cast_pack import saturated
 
 _ENTRY_BITS = 32
 _MAX_COLUMNS = 1 << 16
