@@ -35,10 +35,10 @@ ROW_HEADER = (
     "method",
     "ms per step (min to max)",
     "speed-up (min to max)",
-    "share of the possible gain",
-    "MB sent per step",
-    "MB at the interfaces",
-    "ratio to float32",
+    "share of gain",
+    "MB sent",
+    "MB at interfaces",
+    "ratio",
 )
 
 
@@ -52,16 +52,15 @@ def speedup_section(found: Sequence[Case], styles: Mapping[str, Style]) -> Secti
         "Step time of Megatron's own all-to-all (none) over that of the method, on the same links "
         "in the same run: median over repeats, bars from the smallest to the largest. The limit is "
         "the speed-up if communication cost nothing: step time of none on these links over that on "
-        "unshaped ones. Share of the possible gain: (T_none - T) / (T_none - T_unshaped)."
+        "unshaped ones. Share of gain: (T_none - T) / (T_none - T_unshaped), where that is worth "
+        "5% of a step; above 100% where a method also spares experts work. MB are per step and of "
+        "all ranks, the ratio is to float32."
     )
     section = Section(title, text)
     for case in shown:
         section.pictures.append(Picture(case.name, draw_speedups(case, styles)))
-        section.tables.append(
-            Table(
-                f"{case.name}: all rows", ROW_HEADER, [cells(case, row) for row in in_order(case)]
-            )
-        )
+        rows = [cells(case, row) for row in in_order(case)]
+        section.tables.append(Table(f"{case.name}: all rows", ROW_HEADER, rows, text_columns=2))
     return section
 
 
@@ -121,17 +120,21 @@ def cells(case: Case, row: Entry) -> list[str]:
     """Returns a row as text; stock Megatron's speed-up is the limit's place."""
     limit = case.limit(row["rate"]) if row["method"] == STOCK else None
     speedup = spread(row.get("speedup"), row.get("speedup_min"), row.get("speedup_max"), 2)
-    share = row.get("share_of_gain")
     return [
         bits_label(rate_bits(row["rate"])),
         row["method"],
         spread(row["step_ms"], row.get("step_ms_min"), row.get("step_ms_max"), 0),
         f"limit {limit:.2f}" if limit else "1" if row["method"] == STOCK else speedup,
-        "-" if share is None or row["method"] == STOCK else f"{100 * share:.0f}%",
+        percent(case.share_of_gain(row)),
         megabytes(row.get("wire_bytes")),
         megabytes(row.get("interface_bytes")),
         number(row.get("ratio"), 2, "x"),
     ]
+
+
+def percent(share: float | None) -> str:
+    """Returns a share in percent."""
+    return "-" if share is None else f"{100 * share:.0f}%"
 
 
 def megabytes(count: float | None) -> str:
@@ -151,7 +154,7 @@ def break_even_section(found: Sequence[Case]) -> Section | Missing:
                 between = break_even([(row["rate"], row["speedup"]) for row in compared])
                 rows.append((method, between.slowest, between.fastest, between.remark))
         if rows:
-            tables.append(Table(case.name, header, rows))
+            tables.append(Table(case.name, header, rows, len(header)))
     if not tables:
         return Missing(title, REMEDY)
     text = (
@@ -168,7 +171,8 @@ def phase_section(found: Sequence[Case]) -> Section | Missing:
     section = Section(
         title,
         "Encode and decode are what a method computes, clustering included; transfer is the wait "
-        "for the collectives; experts is their forward and backward pass; rest is everything else.",
+        "for the collectives and for slower ranks; experts is their forward and backward "
+        "pass; rest is everything else.",
     )
     for case in found:
         for rate in case.rates:

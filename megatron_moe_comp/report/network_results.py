@@ -9,6 +9,7 @@ from functools import cached_property
 from megatron_moe_comp.report.inputs import Entry
 
 UNSHAPED, STOCK = "none", "none"
+SMALLEST_LIMIT = 1.05
 PHASES = ("encode", "transfer", "decode", "experts", "rest")
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
@@ -68,6 +69,12 @@ class Case:
         stock = self.by_rate_and_method.get((rate, STOCK))
         free = self.by_rate_and_method.get((UNSHAPED, STOCK))
         return stock["step_ms"] / free["step_ms"] if stock and free else None
+
+    def share_of_gain(self, row: Entry) -> float | None:
+        """Returns the share of the possible gain; None where there is next to nothing to gain."""
+        limit = self.limit(row["rate"])
+        worth = row["method"] != STOCK and limit is not None and limit >= SMALLEST_LIMIT
+        return row.get("share_of_gain") if worth else None
 
     def compared(self, method: str) -> list[Entry]:
         """Returns the rows that tell a method's speed-up over stock Megatron, slowest first."""

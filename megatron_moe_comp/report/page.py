@@ -1,8 +1,9 @@
 """The report as one HTML page that needs nothing else: no script, no font, no request."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import count
 
 from megatron_moe_comp.report.drawing import look, styles
 from megatron_moe_comp.report.inputs import Results, Source
@@ -35,13 +36,15 @@ figure { margin: .75rem 0 0; max-width: 36rem; min-width: 0; }
 figcaption, caption { font-weight: 600; text-align: left; padding: .25rem 0; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: FONTS !important; }
-.scroll { overflow-x: auto; margin: 1.25rem 0; }
+.tables { display: flex; flex-wrap: wrap; gap: 1.25rem 3rem; margin: 1.25rem 0; }
+.scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ccc; text-align: right;
   white-space: nowrap; }
 thead th { border-bottom: 2px solid #111; vertical-align: bottom; white-space: normal; }
-th:first-child, .text td, .text th { text-align: left; }
-.text td { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; vertical-align: top; }
+th.text, td.text { text-align: left; }
+.prose td, .prose th { white-space: normal; overflow-wrap: anywhere; min-width: 7rem;
+  vertical-align: top; }
 @media print {
   @page { size: A4; margin: 14mm; }
   body { padding: 0; max-width: none; font-size: 9.5pt; }
@@ -51,7 +54,8 @@ th:first-child, .text td, .text th { text-align: left; }
   figure, tr { break-inside: avoid; }
   .scroll { overflow: visible; }
   table { font-size: 7pt; }
-  th, td { padding: .1rem .3rem; white-space: normal; }
+  th, td { padding: .1rem .3rem; }
+  td.number { white-space: normal; }
   thead { display: table-header-group; }
   svg, td, th { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
@@ -79,7 +83,7 @@ def sections(results: Results) -> list[Section | Missing]:
 
 def build_page(results: Results) -> str:
     """Returns the HTML page."""
-    parts = sections(results)
+    parts, numbers = sections(results), count(1)
     counts = (
         f"{len(results.network)} network rows, {len(results.quality)} quality runs and "
         f"{len(results.statistics)} statistics files"
@@ -94,9 +98,9 @@ def build_page(results: Results) -> str:
             f'<link rel="icon" href="data:,">\n<title>{TITLE}</title>\n<style>{CSS}</style>',
             f"</head>\n<body>\n<h1>{TITLE}</h1>\n<p>Made from {counts}.</p>",
             f'<nav><ul>{links}<li><a href="#{anchor(inputs)}">{inputs}</a></li></ul></nav>',
-            *map(render, parts),
+            *(render(part, numbers) for part in parts),
             f'<section id="{anchor(inputs)}"><h2>{inputs}</h2>',
-            table(describe(results.sources), "text"),
+            table(describe(results.sources), "prose"),
             "</section>\n</body>\n</html>\n",
         ]
     )
@@ -107,31 +111,37 @@ def anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower())
 
 
-def render(section: Section | Missing) -> str:
-    """Returns a section as HTML."""
+def render(section: Section | Missing, numbers: Iterator[int]) -> str:
+    """Returns a section as HTML; takes a number for each of its pictures."""
     start = f'<section id="{anchor(section.title)}"><h2>{escape(section.title)}</h2>'
     if isinstance(section, Missing):
         return f'{start}<p class="missing">Left out: needs {prose(section.remedy)}.</p></section>'
-    figures = "".join(map(figure, section.pictures))
+    figures = "".join(map(figure, section.pictures, numbers))
     pictures = f'<div class="pictures">{figures}</div>' if figures else ""
     tables = "".join(map(table, section.tables))
-    return f"{start}<p>{prose(section.text)}</p>{pictures}{tables}</section>"
+    text = f"<p>{prose(section.text)}</p>"
+    return f'{start}{text}{pictures}<div class="tables">{tables}</div></section>'
 
 
-def figure(picture: Picture) -> str:
-    """Returns a picture as HTML; its numbers are in the tables."""
+def figure(picture: Picture, number: int) -> str:
+    """Returns a picture as HTML, with names that no picture of another number has."""
     caption = escape(picture.caption)
-    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\1figure{number}-", picture.svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
-def table(content: Table, css_class: str = "numbers") -> str:
+def table(content: Table, css_class: str = "") -> str:
     """Returns a table as HTML, in a box that scrolls where it is too wide."""
 
     def row(cells: Sequence[str], first: str, rest: str) -> str:
-        tags = [first] + [rest] * (len(cells) - 1)
-        filled = zip(tags, cells, strict=True)
-        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for tag, cell in filled)}</tr>"
+        written = [
+            f'<{tag} class="{"text" if column < content.text_columns else "number"}">'
+            f"{escape(cell)}</{tag}>"
+            for column, cell in enumerate(cells)
+            for tag in [rest if column else first]
+        ]
+        return f"<tr>{''.join(written)}</tr>"
 
     caption = escape(content.caption)
     return (
@@ -154,4 +164,4 @@ def describe(sources: Sequence[Source]) -> Table:
     for source in sources:
         told = ("; ".join(t) or "-" for t in (source.dates, source.versions, source.commands))
         rows.append((source.path, source.kind, str(source.entries), *told))
-    return Table("Files that this page was made from", header, rows)
+    return Table("Files that this page was made from", header, rows, len(header))

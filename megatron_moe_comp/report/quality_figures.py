@@ -71,7 +71,8 @@ def loss_section(runs: Runs, styles: Mapping[str, Style]) -> Section | Missing:
         return Missing(title, REMEDY)
     text = (
         "Mean over seeds; shaded, or in brackets, from the smallest to the largest. The difference "
-        f"to none is of the same seed, and the mean of {SMOOTHED_SHARE:.0%} of the curve's points."
+        f"to none is of the same seed, and the mean of {SMOOTHED_SHARE:.0%} of the curve's points. "
+        "The first tenth of the curves is above the picture."
     )
     section = Section(title, text)
     picture = Picture("Loss against steps", draw_bands(bands, styles, "training loss"))
@@ -93,16 +94,19 @@ def draw_bands(
 ) -> str:
     """Returns the curves as SVG, against steps or, with the time of a step, against minutes."""
     figure, axes = panel()
-    for number_, (setting, (steps, middle, low, high)) in enumerate(bands.items()):
+    for index, (setting, (steps, middle, low, high)) in enumerate(bands.items()):
         scale = minutes_per_step[setting] if minutes_per_step else 1
         places = [step * scale for step in steps]
         axes.fill_between(places, low, high, color=styles[setting].color, alpha=0.12, linewidth=0)
         # Each curve has its markers at other places, so that no two lie upon each other.
         every = max(1, len(steps) // 8)
-        start = number_ * every // max(1, len(bands))
+        start = index * every // max(1, len(bands))
         axes.plot(places, middle, markevery=(start, every), label=setting, **vars(styles[setting]))
     if baseline is not None:
         axes.axhline(baseline, color=BLACK, linewidth=1.2, label=BASELINE)
+    else:
+        # The steep start would flatten everything that comes after it.
+        axes.set_ylim(top=max(high[len(high) // 10] for *_, high in bands.values()))
     axes.set_xlabel("minutes" if minutes_per_step else "iteration")
     axes.set_ylabel(label)
     legend_below(figure, axes)
@@ -155,7 +159,7 @@ def time_section(
             cells = (f"{step_ms:.0f}", str(last), f"{minutes[name] * last:.1f}")
             rows.append((label, name, *cells, f"{middle[-1]:.3f}"))
     header = ("link", "setting", "ms per step", "iterations", "minutes", "training loss")
-    section.tables.append(Table("Time of all iterations", header, rows))
+    section.tables.append(Table("Time of all iterations", header, rows, text_columns=2))
     return section
 
 
@@ -172,7 +176,8 @@ def ratio_section(runs: Runs, styles: Mapping[str, Style]) -> Section | Missing:
         ratio, bytes_ratio = ratios.get(name), compression_ratio(seeds)
         perplexity = mean(run["validation_perplexity"] for run in seeds.values())
         cells = [number(bytes_ratio, 2, "x"), f"{perplexity:.2f}"]
-        cells.append(spread(ratio.mean, ratio.low, ratio.high, 4) if ratio else "-")
+        compared = spread(ratio.mean, ratio.low, ratio.high, 4) if ratio else "-"
+        cells.append("1" if name == BASELINE else compared)
         rows.append((name, *cells, ", ".join(map(str, sorted(seeds)))))
         if ratio is None or bytes_ratio is None:
             continue

@@ -14,11 +14,12 @@ Runs = Mapping[str, Mapping[int, Entry]]
 
 
 def by_setting(runs: Iterable[Entry]) -> dict[str, dict[int, Entry]]:
-    """Returns the runs by setting, the baseline first, and by seed."""
+    """Returns the runs by setting, the baseline first, then by compression, and by seed."""
     settings: dict[str, dict[int, Entry]] = {}
     for run in runs:
         settings.setdefault(run["setting"], {})[run["seed"]] = run
-    return dict(sorted(settings.items(), key=lambda item: item[0] != BASELINE))
+    ratios = {name: compression_ratio(seeds) or 0 for name, seeds in settings.items()}
+    return dict(sorted(settings.items(), key=lambda item: (item[0] != BASELINE, ratios[item[0]])))
 
 
 def perplexity_ratio(runs: Runs, setting: str) -> PairedRatio | None:

@@ -14,11 +14,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; the first column names its rows."""
+    """A table; its first columns are text, the others numbers."""
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    text_columns: int = 1
 
 
 @dataclass(frozen=True)

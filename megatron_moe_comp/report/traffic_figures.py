@@ -11,6 +11,7 @@ from megatron_moe_comp.report.drawing import (
     BAR_MARGIN,
     BLACK,
     COLOURS,
+    GREY,
     Style,
     legend_below,
     panel,
@@ -38,7 +39,11 @@ def collect_traffic(runs: Runs, files: Sequence[tuple[str, Entry]]) -> dict[str,
         bits = statistics.get("bits")
         name = f"{statistics['method']}{f' {bits} bit' if bits else ''} ({stem})"
         traffic.setdefault(name, []).append(statistics)
-    return {name: known for name, every in traffic.items() if (known := [e for e in every if e])}
+    return {
+        name: counted
+        for name, entries in traffic.items()
+        if (counted := [entry for entry in entries if entry.get("wires")])
+    }
 
 
 def sent(entries: Sequence[Mapping[str, Any]], wire: str | None = None) -> tuple[float, float]:
@@ -73,11 +78,11 @@ def wire_section(traffic: Traffic, styles: Mapping[str, Style]) -> Section | Mis
         "included; rows that stay on their rank are not sent and not counted. Means over seeds."
     )
     layers = layer_ratios(traffic)
-    pictures = [
-        Picture("By wire", svg),
-        Picture("By layer", draw_layers(layers, styles)),
-    ]
-    return Section(title, text, pictures, [wire_table(traffic, wires), layer_table(layers)])
+    pictures, tables = [Picture("By wire", svg)], [wire_table(traffic, wires)]
+    if any(layers.values()):
+        pictures.append(Picture("By layer", draw_layers(layers, styles)))
+        tables.append(layer_table(layers))
+    return Section(title, text, pictures, tables)
 
 
 def layer_ratios(traffic: Traffic) -> dict[str, dict[int, float]]:
@@ -85,10 +90,10 @@ def layer_ratios(traffic: Traffic) -> dict[str, dict[int, float]]:
     ratios: dict[str, dict[int, float]] = {}
     for name, entries in traffic.items():
         layers: dict[int, list[Mapping[str, Any]]] = {}
-        for layer in (layer for entry in entries for layer in entry["layers"]):
-            layers.setdefault(layer["layer"], []).append(layer)
-        counted = {number_: sent(group) for number_, group in layers.items()}
-        ratios[name] = {n: wire / raw for n, (raw, wire) in counted.items() if raw}
+        for figures in (figures for entry in entries for figures in entry.get("layers", ())):
+            layers.setdefault(figures["layer"], []).append(figures)
+        counted = {layer: sent(group) for layer, group in layers.items()}
+        ratios[name] = {layer: wire / raw for layer, (raw, wire) in counted.items() if raw}
     return ratios
 
 
@@ -118,7 +123,7 @@ def wire_table(traffic: Traffic, wires: Sequence[str]) -> Table:
             sizes = (f"{raw / 1e6:.1f}", f"{wire_bytes / 1e6:.1f}", number(ratio, 2, "x"))
             rows.append((name, wire or "all", *sizes, number(mean(known) if known else None, 1)))
     header = ("setting", "wire", "MB as float32", "MB sent", "ratio", "SQNR (dB)")
-    return Table("Bytes of each wire", header, rows)
+    return Table("Bytes of each wire", header, rows, text_columns=2)
 
 
 def layer_table(ratios: Mapping[str, Mapping[int, float]]) -> Table:
@@ -185,7 +190,7 @@ def draw_loads(loads: Mapping[str, Load]) -> str:
     figure, axes = panel(BAR_MARGIN + BAR_HEIGHT * len(loads))
     names = list(loads)
     for name, load in loads.items():
-        axes.plot([load[2] / 1e3, load[0] / 1e3], [name, name], color="#BBBBBB", zorder=1)
+        axes.plot([load[2] / 1e3, load[0] / 1e3], [name, name], color=GREY, zorder=1)
     for index, (label, marker, color) in enumerate(LOADS):
         values = [loads[name][index] for name in names]
         points = [(v / 1e3, n) for v, n in zip(values, names, strict=True) if v is not None]

@@ -59,14 +59,10 @@ def statistics(method, ratio, layers=4):
     def wires(megabytes):
         raw = int(megabytes * 1e6)
         # Dispatch carries the probabilities, too.
+        sqnr = 28.1 if ratio > 1 else None
         sent = {wire: int(raw / ratio * (1.03 if "disp" in wire else 0.98)) for wire in WIRES}
         return {
-            wire: {
-                "raw_bytes": raw,
-                "wire_bytes": sent[wire],
-                "sqnr_db": 28.1 if ratio > 1 else None,
-            }
-            for wire in WIRES
+            wire: {"raw_bytes": raw, "wire_bytes": sent[wire], "sqnr_db": sqnr} for wire in WIRES
         }
 
     load = {"float32_bytes": 2.2e6, "uniform_bytes": 2.5e6 / ratio, "bytes": 2.2e6 / ratio}
