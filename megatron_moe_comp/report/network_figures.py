@@ -53,7 +53,7 @@ def speedup_section(found: Sequence[Case], styles: Mapping[str, Style]) -> Secti
         "in the same run: median over repeats, bars from the smallest to the largest. The limit is "
         "the speed-up if communication cost nothing: step time of none on these links over that on "
         "unshaped ones. Share of gain: (T_none - T) / (T_none - T_unshaped), where that is worth "
-        "5% of a step; above 100% where a method also spares experts work. MB are per step and of "
+        "10% of a step; above 100% where a method also spares experts work. MB are per step and of "
         "all ranks, the ratio is to float32."
     )
     section = Section(title, text)

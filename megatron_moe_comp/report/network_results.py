@@ -9,7 +9,7 @@ from functools import cached_property
 from megatron_moe_comp.report.inputs import Entry
 
 UNSHAPED, STOCK = "none", "none"
-SMALLEST_LIMIT = 1.05
+SMALLEST_LIMIT = 1.1
 PHASES = ("encode", "transfer", "decode", "experts", "rest")
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 

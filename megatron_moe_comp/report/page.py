@@ -85,8 +85,8 @@ def build_page(results: Results) -> str:
     """Returns the HTML page."""
     parts, numbers = sections(results), count(1)
     counts = (
-        f"{len(results.network)} network rows, {len(results.quality)} quality runs and "
-        f"{len(results.statistics)} statistics files"
+        f"Network rows: {len(results.network)}. Quality runs: {len(results.quality)}. "
+        f"Files of statistics: {len(results.statistics)}."
     )
     links = "".join(f'<li><a href="#{anchor(p.title)}">{escape(p.title)}</a></li>' for p in parts)
     inputs = "Inputs"
@@ -96,7 +96,7 @@ def build_page(results: Results) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             # Browsers ask for /favicon.ico of a page that names none.
             f'<link rel="icon" href="data:,">\n<title>{TITLE}</title>\n<style>{CSS}</style>',
-            f"</head>\n<body>\n<h1>{TITLE}</h1>\n<p>Made from {counts}.</p>",
+            f"</head>\n<body>\n<h1>{TITLE}</h1>\n<p>{counts}</p>",
             f'<nav><ul>{links}<li><a href="#{anchor(inputs)}">{inputs}</a></li></ul></nav>',
             *(render(part, numbers) for part in parts),
             f'<section id="{anchor(inputs)}"><h2>{inputs}</h2>',

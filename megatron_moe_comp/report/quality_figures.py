@@ -1,6 +1,7 @@
 """Sections from quality runs: loss curves, and compression against perplexity."""
 
 from collections.abc import Mapping, Sequence
+from itertools import batched
 from statistics import mean
 
 from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -20,7 +21,7 @@ from megatron_moe_comp.report.statistics import running_mean
 
 NETWORK = "rows of `python benchmarks/network.py --json PATH`"
 REMEDY = "runs of `python benchmarks/quality.py --results DIR`"
-SMOOTHED_SHARE, TABLE_ROWS = 0.05, 10
+SMOOTHED_SHARE, TABLE_ROWS, TABLE_SETTINGS = 0.05, 10, 6
 Band = tuple[list[int], list[float], list[float], list[float]]
 """Iterations; mean, smallest and largest over seeds."""
 
@@ -77,11 +78,11 @@ def loss_section(runs: Runs, styles: Mapping[str, Style]) -> Section | Missing:
     section = Section(title, text)
     picture = Picture("Loss against steps", draw_bands(bands, styles, "training loss"))
     section.pictures.append(picture)
-    section.tables.append(band_table("Training loss", bands))
+    section.tables.extend(band_tables("Training loss", bands))
     if differences := difference_bands(runs):
         svg = draw_bands(differences, styles, "loss above none, smoothed", baseline=0)
         section.pictures.append(Picture("Difference to none", svg))
-        section.tables.append(band_table("Training loss above none, smoothed", differences))
+        section.tables.extend(band_tables("Training loss above none, smoothed", differences))
     return section
 
 
@@ -113,18 +114,27 @@ def draw_bands(
     return to_svg(figure)
 
 
-def band_table(caption: str, bands: Mapping[str, Band]) -> Table:
-    """Returns about ten rows of the curves, the last one included."""
+def band_tables(caption: str, bands: Mapping[str, Band]) -> list[Table]:
+    """Returns about ten rows of the curves, the last one included, some settings to a table."""
     longest = max((steps for steps, *_ in bands.values()), key=len)
     stride = -(-len(longest) // TABLE_ROWS)
-    rows = []
-    for step in longest[::-1][::stride][::-1]:
-        row = [str(step)]
-        for steps, *values in bands.values():
-            index = steps.index(step) if step in steps else None
-            row.append("-" if index is None else spread(*(v[index] for v in values), 3))
-        rows.append(row)
-    return Table(caption, ("iteration", *bands), rows)
+    iterations = longest[::-1][::stride][::-1]
+    cells = {name: band_cells(band, iterations) for name, band in bands.items()}
+    return [
+        Table(
+            caption,
+            ("iteration", *group),
+            list(zip(map(str, iterations), *(cells[name] for name in group), strict=True)),
+        )
+        for group in batched(cells, TABLE_SETTINGS)
+    ]
+
+
+def band_cells(band: Band, iterations: Sequence[int]) -> list[str]:
+    """Returns mean and range at these iterations."""
+    steps, *values = band
+    at = {step: [value[index] for value in values] for index, step in enumerate(steps)}
+    return [spread(*at[step], 3) if step in at else "-" for step in iterations]
 
 
 def time_section(

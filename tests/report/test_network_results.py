@@ -71,8 +71,8 @@ def test_the_limit_is_the_time_without_a_network():
 def test_a_share_of_next_to_nothing_is_not_told():
     (case,) = cases(network_rows(ranks=(2,), rates=("200mbit", "10gbit", "none")))
     slow, fast = (case.by_rate_and_method[rate, "birdmoe"] for rate in ("200mbit", "10gbit"))
-    assert case.limit("10gbit") > 1.05
     assert case.share_of_gain(slow) == slow["share_of_gain"]
-    assert case.share_of_gain(fast) == fast["share_of_gain"]
-    barely = cases([{**row, "step_ms": 1000.0} for row in case.rows])[0]
-    assert barely.share_of_gain(slow) is None
+    assert 1 < case.limit("10gbit") < 1.1
+    assert fast["share_of_gain"] is not None
+    assert case.share_of_gain(fast) is None
+    assert case.share_of_gain(case.by_rate_and_method["200mbit", "none"]) is None
