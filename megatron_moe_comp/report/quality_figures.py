@@ -21,7 +21,7 @@ from megatron_moe_comp.report.statistics import running_mean
 
 NETWORK = "rows of `python benchmarks/network.py --json PATH`"
 REMEDY = "runs of `python benchmarks/quality.py --results DIR`"
-SMOOTHED_SHARE, TABLE_ROWS, TABLE_SETTINGS = 0.05, 10, 6
+SMOOTHED_SHARE, TABLE_ROWS, TABLE_SETTINGS = 0.05, 10, 5
 Band = tuple[list[int], list[float], list[float], list[float]]
 """Iterations; mean, smallest and largest over seeds."""
 
