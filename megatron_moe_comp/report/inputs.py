@@ -49,6 +49,7 @@ class Source:
     entries: int
     dates: tuple[str, ...]
     versions: tuple[str, ...]
+    """And model and machine, where the file tells of them."""
     commands: tuple[str, ...]
 
 
@@ -139,13 +140,14 @@ def kind_of(path: Path, entry: Entry) -> str:
 
 
 def describe(path: Path, kind: str, entries: Sequence[Entry]) -> Source:
-    """Returns what a file says of its versions, dates and commands."""
+    """Returns what a file says of how it came about."""
 
     def distinct(key: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(plain(entry[key]) for entry in entries if entry.get(key)))
 
     commands = distinct("command") or distinct("flags")
-    return Source(str(path), kind, len(entries), distinct("date"), distinct("versions"), commands)
+    versions = tuple(text for key in ("versions", "model", "cpu") for text in distinct(key))
+    return Source(str(path), kind, len(entries), distinct("date"), versions, commands)
 
 
 def plain(value: object) -> str:

@@ -159,7 +159,7 @@ def prose(text: str) -> str:
 
 def describe(sources: Sequence[Source]) -> Table:
     """Returns where the numbers are from."""
-    header = ("file", "kind", "results", "dates", "versions", "commands, or flags of a run")
+    header = ("file", "kind", "results", "dates", "versions, model, machine", "commands or flags")
     rows = []
     for source in sources:
         told = ("; ".join(t) or "-" for t in (source.dates, source.versions, source.commands))

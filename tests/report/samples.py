@@ -48,6 +48,8 @@ def network_rows(methods=tuple(RATIOS), rates=tuple(RATES), ranks=(2, 4), routin
                     "most_loaded_bytes": 4.2e6 / RATIOS[method],
                     "phases": phases,
                     "versions": {"torch": "2.13.0", "megatron-core": "0.19.2"},
+                    "model": {"num_layers": 4, "hidden_size": 512},
+                    "cpu": "2 x sample",
                     "command": "python benchmarks/network.py --rates 200mbit,1gbit,10gbit,none",
                     "date": "2026-11-22",
                 }

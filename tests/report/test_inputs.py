@@ -24,7 +24,11 @@ def test_any_mix_of_files_and_directories(tmp_path):
     assert results.statistics[0][0] == "a2a"
     source = next(s for s in results.sources if s.kind == "network")
     assert (source.entries, source.dates) == (len(network_rows()), ("2026-11-22",))
-    assert source.versions == ("torch 2.13.0, megatron-core 0.19.2",)
+    assert source.versions == (
+        "torch 2.13.0, megatron-core 0.19.2",
+        "num_layers 4, hidden_size 512",
+        "2 x sample",
+    )
 
 
 FOREIGN = {
