@@ -51,8 +51,8 @@ LEVELS = {
     "mcore.entry": 6,
     "convert": 6,
 }
-FREE_STANDING = ("data", "mcore.cpu_", "mcore.wheel_")
-"""Used by the entry scripts and tests alone; they import nothing of ours but each other."""
+FREE_STANDING = ("data", "report", "mcore.cpu_", "mcore.wheel_")
+"""Not used by the training itself; they import nothing of ours but each other."""
 
 ARGUMENTS_IMPORT_ONLY = ("config", "lsh_options", "t5_options", "compression.random_stream")
 
