@@ -14,8 +14,36 @@ METHODS: dict[str, tuple[str, ...]] = {
         f"birdmoe-{bits}": ("--moe-a2a-compress=birdmoe", f"--moe-a2a-bits={bits}", UNIFORM)
         for bits in (8, 6, 5, 4, 3)
     },
+    **{f"rq-{bits}": ("--moe-a2a-compress=rq", f"--moe-a2a-bits={bits}") for bits in (4, 3)},
     "lsh": (LSH,),
     "lsh-20": (LSH, "--moe-lsh-target-rate=0.20"),
     "lsh-10": (LSH, "--moe-lsh-target-rate=0.10"),
     "lsh-20-rq4": (LSH, "--moe-lsh-target-rate=0.20", "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
 }
+
+# What matters in clustering: all combinations of residual, warm-up and refinement, and controls.
+_WARMUP = "--moe-lsh-warmup-iters=200"
+_RESIDUALS = ("none", "identity", "fitted")
+METHODS |= {
+    f"lsh-{residual}{warmup and '-warmup'}{'-refine' if refine else ''}": tuple(
+        flag
+        for flag in (
+            METHODS["lsh-20"]
+            + (f"--moe-lsh-residual={residual}", warmup, f"--moe-lsh-refine={refine}")
+        )
+        if flag
+    )
+    for residual in _RESIDUALS
+    for warmup in ("", _WARMUP)
+    for refine in (0, 1)
+}
+METHODS |= {
+    # The control: clusters of the same sizes, of random rows.
+    "lsh-none-random": (*METHODS["lsh-none"], "--moe-lsh-hash=random"),
+    "lsh-none-warmup-random": (*METHODS["lsh-none-warmup"], "--moe-lsh-hash=random"),
+    "lsh-none-center": (*METHODS["lsh-none"], "--moe-lsh-center"),
+    "lsh-none-per-row": (*METHODS["lsh-none"], "--moe-lsh-gradient=per-row"),
+}
+
+WARMS_UP = tuple(name for name, flags in METHODS.items() if _WARMUP in flags)
+"""Settings whose first iterations differ."""

@@ -16,7 +16,7 @@ of files or directories there. Without results there is no table.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -123,22 +123,30 @@ def speedup_cell(case: Case, rate: str, method: str) -> str:
 
 def quality_table(results: Path, words: Sequence[str]) -> str:
     """Returns bytes and perplexity of every setting."""
+    return table_of_runs(read(results, words, "quality"))
+
+
+def table_of_runs(entries: Iterable[Entry]) -> str:
+    """Returns bytes and perplexity of the settings of runs of benchmarks/quality.py."""
     body = []
-    runs = by_setting(read(results, words, "quality"))
+    runs = by_setting(entries)
     for name, seeds in runs.items():
-        perplexity = mean(run["validation_perplexity"] for run in seeds.values())
+        perplexities = [run["validation_perplexity"] for run in seeds.values()]
         ratio = perplexity_ratio(runs, name)
         compared = spread(ratio.mean, ratio.low, ratio.high, 4) if ratio else "-"
+        rates = [run["stats"]["lsh"]["rate"] for run in seeds.values() if run["stats"].get("lsh")]
         body.append(
             [
                 f"`{name}`",
                 number(compression_ratio(seeds), 2, "x"),
-                f"{perplexity:.2f}",
+                number(mean(rates) if rates else None, 3),
+                spread(mean(perplexities), min(perplexities), max(perplexities), 2),
                 "1" if name == BASELINE else compared,
                 str(len(seeds)),
             ]
         )
-    header = ["setting", "ratio of bytes", "perplexity, mean", "ratio to none (95%)", "seeds"]
+    header = ["setting", "ratio of bytes", "centroids per row", "perplexity, mean (min to max)"]
+    header += ["ratio to none (95% interval)", "seeds"]
     return markdown(header, body) if body else ""
 
 

@@ -1,60 +1,48 @@
-"""Measures what LSH clustering costs in quality: trains the default model for settings x seeds.
+"""Measures what compression costs in quality: trains the default model for settings x seeds.
 
-    python benchmarks/lsh_quality.py --results runs/lsh                      # all, from scratch
-    python benchmarks/lsh_quality.py --results runs/lsh --settings none,lsh-none --seeds 1,2
-    python benchmarks/lsh_quality.py --results runs/lsh-1000 --from-checkpoint 1000
+    python benchmarks/quality.py --results runs/quality             # 8 settings, 3 seeds, hours
+    python benchmarks/quality.py --results runs/short --settings none,lsh-20 --seeds 1,2 --iters 600
+    python benchmarks/quality.py --results runs/quality-1000 --from-checkpoint 1000 --iters 400
+    python benchmarks/quality.py --results runs/mine -- --train-data-path data/mine_train ...
 
-Each run is scripts/run_local.sh on the CPU with 2 ranks and the flags of its setting, evaluated
-once, at its end. DIR/SETTING-seedS.log is its output, DIR/SETTING-seedS.json its results; a run
-with results is not repeated, so the same command goes on where it was stopped.
+Settings are those of benchmarks/methods.py. Each run is scripts/run_local.sh on the CPU, 2 ranks,
+the flags of its setting, and any flags after "--" (other data, another model), evaluated once, at
+its end. Runs of one seed have the same initial weights and data in the same order.
+DIR/SETTING-seedS.log is its output, DIR/SETTING-seedS.json its results with the curve of its
+training loss; a run with results is not repeated, so the same command goes on where it was stopped.
 
 With --from-checkpoint N, seed S first trains N iterations without compression, in which the
 learning rate falls to 1e-4. Every setting goes on from there at that rate, with the optimizer's
 state and the data that would have followed. Iterations go on counting from N, so a warm-up would be
 over before it started: settings with one are left out.
+
+The yardstick comes first in what it prints: how far apart the seeds of uncompressed training end.
+`python -m megatron_moe_comp.report DIR` draws the curves, with network.py's rows also against time.
 """
 
 import argparse
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
+
+from methods import METHODS, WARMS_UP
+from readme_tables import table_of_runs
+from training_runs import launch, parse_curve, parse_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ("bash", str(ROOT / "scripts" / "run_local.sh"))
 ENVIRONMENT = {"RANKS": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TIMEOUT_SECONDS, GRACE_SECONDS, SHOWN_LOG_LINES = 600.0, 40.0, 15
+TIMEOUT_SECONDS, SHOWN_LOG_LINES = 7200.0, 15
 
-LSH = ("--moe-a2a-compress=lsh", "--moe-lsh-target-rate=0.2")
-WARMUP, REFINE = "--moe-lsh-warmup-iters=200", "--moe-lsh-refine=1"
-PLAIN = (*LSH, "--moe-lsh-residual=none", "--moe-lsh-refine=0")
-SETTINGS = {"none": ("--moe-a2a-compress=none",)}
-SETTINGS |= {
-    f"lsh-{residual}{warmup and '-warmup'}{'-refine' if refine == REFINE else ''}": tuple(
-        flag for flag in (*LSH, f"--moe-lsh-residual={residual}", warmup, refine) if flag
-    )
-    for residual in ("none", "identity", "fitted")
-    for warmup in ("", WARMUP)
-    for refine in ("--moe-lsh-refine=0", REFINE)
-}
-SETTINGS |= {
-    # The control: clusters of the same sizes, of random rows.
-    "lsh-none-random": (*PLAIN, "--moe-lsh-hash=random"),
-    "lsh-none-warmup-random": (*PLAIN, WARMUP, "--moe-lsh-hash=random"),
-    "lsh-none-center": (*PLAIN, "--moe-lsh-center"),
-    "lsh-none-per-row": (*PLAIN, "--moe-lsh-gradient=per-row"),
-    "lsh-none-refine-rq4": (*LSH, "--moe-a2a-codec=rq", "--moe-a2a-bits=4"),
-}
-
+SETTINGS = ("none", *(f"birdmoe-{bits}" for bits in (8, 6, 5, 4, 3)), "lsh-20", "lsh-10")
+"""What is trained unless --settings says otherwise."""
 
 Results = dict[tuple[str, int], dict[str, Any]]
 """By setting and seed: what the run's file holds."""
@@ -82,7 +70,7 @@ class Run:
         """What determines its results, beside scripts/run_local.sh."""
         # An interval that ends within the run would only evaluate the same model twice.
         schedule = [f"--train-iters={self.last_iteration}", f"--eval-interval={10**9}"]
-        return [f"--seed={self.seed}", *schedule, *self.setting_flags]
+        return [f"--seed={self.seed}", "--log-interval=20", *schedule, *self.setting_flags]
 
 
 class RunError(Exception):
@@ -100,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {(run.setting, run.seed): r for run in runs if (r := read_results(run, directory))}
     failed = [] if options.table_only else train_all(runs, results, directory)
     start = f" from a checkpoint after {options.from_checkpoint}" if options.from_checkpoint else ""
-    print(f"\nValidation perplexity after {options.iters} iterations{start}.\n")
-    print(table(options.settings, options.seeds, results), flush=True)
+    print(f"\nValidation perplexity after {options.iters} iterations{start}.")
+    print(yardstick(results), end="\n\n")
+    print(table_of_runs(results.values()), flush=True)
     if failed:
         sys.exit(f"\n{len(failed)} failed: {', '.join(failed)}")
 
@@ -113,10 +102,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         return [int(seed) for seed in text.split(",")]
 
     def settings(text: str) -> list[str]:
-        names = list(SETTINGS) if text == "all" else text.split(",")
-        if unknown := [name for name in names if name not in SETTINGS]:
+        names = list(METHODS) if text == "all" else text.split(",")
+        if unknown := [name for name in names if name not in METHODS]:
             raise argparse.ArgumentTypeError(
-                f"{unknown[0]}: not one of {', '.join(SETTINGS)}. Choose some of these, or all."
+                f"{unknown[0]}: not one of {', '.join(METHODS)}. Choose some of these, or all."
             )
         return sorted(names, key=lambda name: name != "none")
 
@@ -125,13 +114,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=seeds, default=[1, 2, 3])
-    parser.add_argument("--iters", type=int, default=600, help="of every setting")
+    parser.add_argument("--iters", type=int, default=2000, help="of every setting")
     parser.add_argument("--settings", type=settings, default=list(SETTINGS))
     parser.add_argument("--from-checkpoint", type=int, default=0, metavar="ITERS")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="of every run")
     options = parser.parse_args(arguments)
     if options.from_checkpoint:
-        options.settings = [name for name in options.settings if WARMUP not in SETTINGS[name]]
+        options.settings = [name for name in options.settings if name not in WARMS_UP]
     return options
 
 
@@ -139,7 +129,8 @@ def plan(options: argparse.Namespace, directory: Path) -> list[Run]:
     """Returns the runs in their order: all settings of the first seed, then of the next."""
     start = options.from_checkpoint
     # Beyond the last iteration of its decay the learning rate stays what it is.
-    decay = ("--min-lr=1e-4", f"--lr-decay-iters={start}") if start else ()
+    further = ("--min-lr=1e-4", f"--lr-decay-iters={start}") if start else ()
+    further += tuple(options.flags)
     runs: list[Run] = []
     for seed in options.seeds:
         path = directory / f"checkpoint-seed{seed}"
@@ -147,9 +138,9 @@ def plan(options: argparse.Namespace, directory: Path) -> list[Run]:
         # Overriding: Megatron refuses to load the schedule of a run of another length.
         load = ("--ckpt-format=torch", f"--load={path}", "--override-opt-param-scheduler")
         if start:
-            runs.append(Run("checkpoint", seed, start, start, decay + SETTINGS["none"], save))
+            runs.append(Run("checkpoint", seed, start, start, further + METHODS["none"], save))
         for name in options.settings:
-            flags, last = decay + SETTINGS[name], start + options.iters
+            flags, last = further + METHODS[name], start + options.iters
             runs.append(Run(name, seed, options.iters, last, flags, load if start else ()))
     return runs
 
@@ -179,7 +170,7 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
     log_path, stats_path = directory / f"{run.name}.log", directory / f"{run.name}.stats"
     command = [*LAUNCHER, *run.flags, *run.checkpoint_flags, f"--moe-a2a-stats-json={stats_path}"]
     start = time.monotonic()
-    problem = launch(command, log_path)
+    problem = launch(command, log_path, ROOT, ENVIRONMENT, TIMEOUT_SECONDS)
     log = log_path.read_text(errors="replace")
     losses = parse_losses(log, run.last_iteration)
     if not problem and losses.keys() != {"validation", "test"}:
@@ -197,65 +188,13 @@ def train(run: Run, directory: Path) -> dict[str, Any]:
         "test_loss": losses["test"][0],
         "iterations": run.iterations,
         "seconds": time.monotonic() - start,
+        "curve": parse_curve(log),
         "stats": json.loads(stats_path.read_text()),
     }
     # A file of results is never half written.
     stats_path.write_text(json.dumps(results, indent=2) + "\n")
     stats_path.replace(directory / f"{run.name}.json")
     return results
-
-
-def launch(command: Sequence[str], log_path: Path) -> str | None:
-    """Runs a command with its output in a file; returns what went wrong."""
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"ended after {TIMEOUT_SECONDS:.0f} s"
-        finally:
-            if process.poll() is None:
-                end(process)
-    return f"exit status {status}" if status else None
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and its descendants: politely at first, as torchrun then ends its ranks."""
-    # Ranks are in sessions of their own, where a signal to the group does not reach them.
-    descendants = find_descendants(process.pid)
-    os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_SECONDS)
-    process.kill()
-    for pid in descendants:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def find_descendants(ancestor: int) -> list[int]:
-    """Returns the process IDs of the children of a process, their children and so on."""
-    found = [ancestor]
-    for pid in found:
-        with suppress(FileNotFoundError):
-            found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return found[1:]
-
-
-def parse_losses(log: str, iteration: int) -> dict[str, tuple[float, float]]:
-    """Returns loss and perplexity of the parts "validation" and "test" after this iteration."""
-    pattern = (
-        rf"validation loss at iteration {iteration} on (validation|test) set \| "
-        r"lm loss value: (\S+) \| lm loss PPL: (\S+) \|"
-    )
-    return {part: (float(loss), float(ppl)) for part, loss, ppl in re.findall(pattern, log)}
 
 
 def read_results(run: Run, directory: Path) -> dict[str, Any] | None:
@@ -272,28 +211,19 @@ def read_results(run: Run, directory: Path) -> dict[str, Any] | None:
     return results
 
 
-def table(settings: Sequence[str], seeds: Sequence[int], results: Results) -> str:
-    """Returns a Markdown table; ratios to `none` are of the same seed, then averaged."""
-    means = ("mean", "ratio to none (min..max)", "rate", "wire bytes ratio")
-    lines = [["setting", *(f"seed {s}" for s in seeds), *means], ["---"] * (5 + len(seeds))]
-    for name in [name for name in settings if any((name, s) in results for s in seeds)]:
-        finished = {s: results[name, s] for s in seeds if (name, s) in results}
-        perplexities = {s: r["validation_perplexity"] for s, r in finished.items()}
-        baseline = {s: results["none", s] for s in perplexities if ("none", s) in results}
-        ratios = [perplexities[s] / r["validation_perplexity"] for s, r in baseline.items()]
-        wire_ratios = [r["stats"]["ratio_fp32"] for r in finished.values()]
-        rates = [r["stats"]["lsh"]["rate"] for r in finished.values() if r["stats"].get("lsh")]
-        lines.append(
-            [
-                name,
-                *(f"{perplexities[s]:.2f}" if s in perplexities else "-" for s in seeds),
-                f"{mean(perplexities.values()):.2f}",
-                f"{mean(ratios):.4f} ({min(ratios):.4f}..{max(ratios):.4f})" if ratios else "-",
-                f"{mean(rates):.3f}" if rates else "-",
-                f"{mean(wire_ratios):.2f}x",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def yardstick(results: Results) -> str:
+    """Returns how far apart the seeds of uncompressed training end, as a sentence."""
+    perplexities = [
+        r["validation_perplexity"] for (name, _), r in results.items() if name == "none"
+    ]
+    if len(perplexities) < 2:
+        return "Of uncompressed training there are not two seeds: no spread to judge by."
+    middle = mean(perplexities)
+    spread, deviation = max(perplexities) - min(perplexities), stdev(perplexities)
+    return (
+        f"Yardstick: {len(perplexities)} seeds of uncompressed training end {spread / middle:.2%} "
+        f"apart (standard deviation {deviation / middle:.2%}); settings are compared by seed."
+    )
 
 
 if __name__ == "__main__":
