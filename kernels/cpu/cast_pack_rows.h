@@ -39,7 +39,7 @@ MMC_TARGET_INLINE Ints sign_of(Floats x) {
 }
 
 // The code of a magnitude, rounded to nearest, ties to even, in a format with kMantissa bits behind
-// the point and normal numbers from 2^kMinExponent on. It counts on beyond the largest number.
+// the point and normal numbers from 2^kMinExponent on; at most that of the largest number.
 template <int kMantissa, int kMinExponent>
 MMC_TARGET_INLINE Ints code_of(Ints magnitude) {
   constexpr int32_t kMin = (127 + kMinExponent) << 23;
@@ -84,8 +84,11 @@ struct Fp16 {
   using Bits = uint16_t;
   static MMC_TARGET_INLINE Ints bits(Floats x) {
     const Ints magnitude = magnitude_of(x);
-    const Ints finite = smaller(code_of<10, -14>(magnitude), all(0x7bff));
-    const Ints special = magnitude > kInf ? all(0x7e00) : all(0x7c00);
+    const Ints largest = all(0x477fe000);  // 65504
+    const Ints finite = code_of<10, -14>(smaller(magnitude, largest));
+    // NaN is quiet and keeps its upper bits.
+    const Ints nan = (magnitude >> 13 & 0x3ff) | 0x7e00;
+    const Ints special = magnitude > kInf ? nan : all(0x7c00);
     return (magnitude < kInf ? finite : special) | sign_of<15>(x);
   }
   static MMC_TARGET_INLINE Floats value(Ints bits) {

@@ -86,7 +86,8 @@ def saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if values.dtype == dtype:
         return values
-    values, limit = values.float(), torch.finfo(dtype).max
+    values = values.float()
+    limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
     return torch.where(values.isinf(), values, values.clamp(-limit, limit)).to(dtype)
 
 

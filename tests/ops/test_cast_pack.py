@@ -77,10 +77,10 @@ def special_rows(hidden, dtype):
 
 
 def every_number(dtype):
-    """The 2^16 of a 16-bit dtype, or as many of float32 as close to a tie as can be."""
+    """The 2^16 of a 16-bit dtype, or some of float32 that are as close to a tie as can be."""
     if dtype != torch.float32:
         return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    upper = torch.arange(-(2**15), 2**15, 3, dtype=torch.int32) << 16
     return torch.cat([(upper + low).view(dtype) for low in (0, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
 
 
@@ -98,8 +98,6 @@ def test_example_of_the_docstring():
 def test_special_rows(isa, name, dtype):
     for hidden in (1, 8, 24, 37, 136, 256):
         rows = special_rows(hidden, dtype)
-        if name == "bf16":  # torch has two kinds of NaN there
-            rows = rows.nan_to_num(nan=1.0, posinf=math.inf, neginf=-math.inf)
         segments, _, num_bytes = layout(name, hidden, [len(rows)])
         message = assert_same_bytes(rows, num_bytes, segments, name)
         assert_same_rows(message, rows, segments, name)
@@ -109,17 +107,15 @@ def test_special_rows(isa, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_number_beside_one(isa, name, dtype):
-    """In a block of its own with a 1.0, of the scales that this gives; NaN stays NaN."""
+    """Each in a block with a 1.0, so with every scale that there is; NaN arrives as NaN."""
     numbers = every_number(dtype)
     rows = torch.stack((numbers, torch.ones_like(numbers)), 1)
     segments, _, num_bytes = layout(name, 2, [len(rows)])
-    message = pack(ops.cast_pack, rows, num_bytes, segments, name)
+    message = assert_same_bytes(rows, num_bytes, segments, name)
     assert_same_rows(message, rows, segments, name)
-    keep = ~numbers.isnan() if name in ("bf16", "fp16") else torch.ones(len(rows)).bool()
-    finite, (segments, _, num_bytes) = rows[keep], layout(name, 2, [int(keep.sum())])
-    assert_same_bytes(finite.contiguous(), num_bytes, segments, name)
-    rows = unpack(ops.unpack_cast, message, rows, layout(name, 2, [len(rows)])[0], name)
-    assert torch.equal(rows[:, 0].isnan() | rows[:, 1].isnan(), ~keep) or name in SCALED
+    decoded = unpack(ops.unpack_cast, message, rows, segments, name)
+    spoilt = ~numbers.isfinite() if name in SCALED else numbers.isnan()
+    assert torch.equal(decoded[:, 0].isnan(), spoilt)
 
 
 @needs_kernels
@@ -131,7 +127,7 @@ def test_every_number_beside_one(isa, name, dtype):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_segments_with_gaps(isa, name, hidden, sizes, gaps, dtype, seed):
     """At any byte; bytes and rows between the segments stay as they were, too."""
     segments, num_rows, num_bytes = layout(name, hidden, sizes, gaps)
