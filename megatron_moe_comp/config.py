@@ -59,9 +59,10 @@ class CompressionConfig(LshOptions):
     moe_a2a_compress: Method = "none"
     """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
     other options. auto: none, or birdmoe with 8 to 5 bits, whichever a short measurement at the
-    start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random quantization with load-aware bits (BirdMoE, DAC 2025).
-    lsh: similar rows are sent as one centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other
-    name: that codec alone, rq being birdmoe's and identity sending rows unchanged."""
+    start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random
+    quantization with load-aware bits (BirdMoE, DAC 2025). lsh: similar rows are sent as one
+    centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other name: that codec alone, rq being
+    birdmoe's and identity sending rows unchanged."""
 
     moe_a2a_codec: CodecName | None = None
     """What encodes the centroids of lsh (default: identity, unchanged)."""

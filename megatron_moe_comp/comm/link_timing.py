@@ -37,6 +37,11 @@ def num_ranks() -> int:
     return dist.get_world_size()
 
 
+def is_first_rank() -> bool:
+    """Returns whether this process is the one that reports."""
+    return dist.get_rank() == 0
+
+
 def group_of_consecutive_ranks(size: int) -> Group:
     """Returns this process's group of `size` consecutive ranks; a collective."""
     group, _ = dist.new_subgroups(size)
@@ -68,9 +73,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def exchange_seconds(
-    group: Group, bytes_to: Callable[[int], int], device: torch.device
-) -> float:
+def exchange_seconds(group: Group, bytes_to: Callable[[int], int], device: torch.device) -> float:
     """Returns the median time of an all-to-all on the group; a collective of all processes.
 
     Args:

@@ -140,6 +140,20 @@ def compression_config_from_args(args: Namespace) -> CompressionConfig:
     return config
 
 
+def plan_base_of_args(args: Namespace) -> CompressionConfig:
+    """Returns the options of the flags that go with any method, the method being auto.
+
+    Raises:
+        ValueError: see `compression_config_from_args`.
+    """
+    asked = compression_config_from_args(args)
+    kept = ("seed", "wires", "scope", "ranks_per_node", "chunks")
+    values = {name: getattr(asked, name) for name in (f"moe_a2a_{suffix}" for suffix in kept)}
+    base = CompressionConfig(moe_a2a_compress="auto", moe_a2a_dedup=asked.moe_a2a_dedup, **values)
+    base.check_model(args)
+    return base
+
+
 def parse_and_validate_args(
     *extra_args_providers: ArgsProvider,
 ) -> tuple[Namespace, CompressionConfig]:
@@ -153,7 +167,6 @@ def parse_and_validate_args(
     Raises:
         ValueError: see `compression_config_from_args` and `check_upcycling_args`.
     """
-
     provider = _provider(*extra_args_providers)
     unchecked = megatron_arguments.parse_args(provider)
     check_upcycling_args(unchecked)

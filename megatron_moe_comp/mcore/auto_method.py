@@ -86,9 +86,7 @@ def _measured_decision(args: Namespace, config: CompressionConfig) -> _Decision:
     return decide(config, model, layout, machine)
 
 
-def decide(
-    config: CompressionConfig, model: Model, layout: Layout, machine: Machine
-) -> _Decision:
+def decide(config: CompressionConfig, model: Model, layout: Layout, machine: Machine) -> _Decision:
     """Returns the decision that follows from a measurement, of which no further rank is asked."""
     candidates = safe_configs(config, layout)
     methods = [method_of(str(c.moe_a2a_bits), c, model, layout) for c in candidates]

@@ -27,15 +27,15 @@ Not in it: communication of tensor and context parallelism and between pipeline 
 that dispatchers gather, data loading, permuting rows; none of them depends on the method.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_moe_comp.plan.shape import Layout, Model, Stack
+from megatron_moe_comp.plan.operations import dense_flops, expert_flops, weights_per_rank
+from megatron_moe_comp.plan.shape import Layout, Model
 
 ADAM_BYTES = 28
 """Read: gradient, parameter, two moments; written: the last three; float32 each."""
 GRADIENT_BYTES = 4
-SEARCH_RANGE, SEARCH_STEPS = 1e6, 60
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,7 @@ def _wire_seconds(
     latency = wire.collectives * (
         layout.near_peers * machine.near.latency + layout.far_peers * machine.far.latency
     )
-    transfer = max(
-        wire.near_bytes / machine.near.bandwidth, wire.far_bytes / machine.far.bandwidth
-    )
+    transfer = max(wire.near_bytes / machine.near.bandwidth, wire.far_bytes / machine.far.bandwidth)
     if wire.codec is None or not layout.near_peers + layout.far_peers:
         return latency + transfer, latency + transfer, 0.0
     speed, pieces = machine.codecs[wire.codec], method.chunks
@@ -210,66 +208,6 @@ def _wire_seconds(
     transfer = transfer / pieces + latency
     total = encode + transfer + decode + (pieces - 1) * max(transfer, encode + decode)
     return total, pieces * transfer, pieces * (encode + decode)
-
-
-def tokens_per_rank(model: Model, layout: Layout, stack: Stack) -> float:
-    """Returns the tokens of a micro-batch that one rank dispatches."""
-    return model.micro_batch_size * stack.seq_length / layout.sequence_shards
-
-
-def _ffn_weights(model: Model, size: int) -> int:
-    return (3 if model.gated else 2) * model.hidden_size * size
-
-
-def _attention_weights(model: Model) -> int:
-    queries = model.attention_size or model.hidden_size
-    return 2 * model.hidden_size * (queries + (model.kv_size or queries))
-
-
-def _dense_weights(model: Model, stack: Stack) -> int:
-    """Returns the weights that every token of a stack goes through, embeddings aside."""
-    dense_layers = stack.num_layers - stack.num_moe_layers
-    of_moe = model.hidden_size * model.num_experts + _ffn_weights(model, model.shared_expert_size)
-    return (
-        stack.num_layers * stack.attentions * _attention_weights(model)
-        + dense_layers * _ffn_weights(model, model.ffn_hidden_size)
-        + stack.num_moe_layers * of_moe
-    )
-
-
-def dense_flops(model: Model, layout: Layout) -> float:
-    """Returns a rank's operations of a micro-batch outside the experts, if it had all layers."""
-    passes = 4 if model.recompute == "full" else 3
-    total = 0.0
-    for stack in model.stacks:
-        scores = 2 * stack.seq_length * (model.attention_size or model.hidden_size)
-        per_token = _dense_weights(model, stack) + stack.num_layers * stack.attentions * scores
-        total += tokens_per_rank(model, layout, stack) * 2 * passes * per_token
-    head = model.vocab_size * model.hidden_size
-    return total + tokens_per_rank(model, layout, model.stacks[-1]) * 6 * head
-
-
-def expert_flops(model: Model, layout: Layout) -> float:
-    """Returns the operations of a micro-batch of the most loaded rank's experts, likewise."""
-    passes = 3 if model.recompute == "none" else 4
-    per_row = 2 * passes * _ffn_weights(model, model.moe_ffn_hidden_size)
-    return sum(
-        stack.num_moe_layers
-        * tokens_per_rank(model, layout, stack)
-        * (model.topk * layout.load * per_row)
-        for stack in model.stacks
-    )
-
-
-def weights_per_rank(model: Model, layout: Layout) -> tuple[float, float]:
-    """Returns the dense and the expert weights that a rank holds."""
-    dense = sum(_dense_weights(model, stack) for stack in model.stacks)
-    dense += model.vocab_size * model.hidden_size
-    expert = model.num_experts * _ffn_weights(model, model.moe_ffn_hidden_size)
-    expert *= sum(stack.num_moe_layers for stack in model.stacks)
-    shards = layout.expert_parallel * layout.expert_tensor_parallel
-    stages = layout.pipeline_parallel
-    return dense / layout.tensor_parallel / stages, expert / shards / stages
 
 
 def _gradient_seconds(model: Model, layout: Layout, machine: Machine, hidden: float) -> float:
@@ -306,54 +244,3 @@ def _optimizer_seconds(model: Model, layout: Layout, machine: Machine) -> float:
         dense /= of_stage // layout.tensor_parallel
         expert /= of_stage // (layout.expert_parallel * layout.expert_tensor_parallel)
     return ADAM_BYTES * (dense + expert) / machine.memory_bandwidth
-
-
-def break_even_bandwidth(
-    model: Model, layout: Layout, machine: Machine, stock: Method, method: Method
-) -> float:
-    """Returns the bandwidth, in bytes per second, above which `method` is slower than `stock`.
-
-    Of the links between nodes, or of the node's own where there are no others. 0: it never pays;
-    infinity: it always does.
-    """
-    name = "far" if layout.far_peers else "near"
-    link: Link = getattr(machine, name)
-
-    def pays(factor: float) -> bool:
-        other = replace(machine, **{name: replace(link, bandwidth=factor * link.bandwidth)})
-        steps = [predict(model, layout, other, m).step for m in (method, stock)]
-        return steps[0] < steps[1]
-
-    return link.bandwidth * _boundary(pays)
-
-
-def break_even_message(
-    model: Model, layout: Layout, machine: Machine, stock: Method, method: Method
-) -> float:
-    """Returns the bytes of stock's message of a rank below which `method` is slower than `stock`.
-
-    The message of the first wire of the first stack; other rows and their computing scale with it.
-    0: it always pays; infinity: it never does.
-    """
-
-    def costs(factor: float) -> bool:
-        smaller = replace(model, micro_batch_size=factor * model.micro_batch_size)
-        steps = [
-            predict(smaller, layout, machine, m.scaled(factor)).step for m in (method, stock)
-        ]
-        return steps[0] >= steps[1]
-
-    return stock.traffic[0].wires[0].mean_bytes * _boundary(costs)
-
-
-def _boundary(holds: Callable[[float], bool]) -> float:
-    """Returns the factor up to which `holds` is true: 0 if nowhere, infinity if everywhere."""
-    low, high = 1 / SEARCH_RANGE, SEARCH_RANGE
-    if not holds(low):
-        return 0.0
-    if holds(high):
-        return float("inf")
-    for _ in range(SEARCH_STEPS):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

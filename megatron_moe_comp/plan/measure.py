@@ -1,6 +1,7 @@
 """measure_machine(): what this machine achieves, from a short run with a model's own sizes."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
@@ -15,8 +16,9 @@ from megatron_moe_comp.comm.link_timing import (
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, tokens_per_rank
+from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine
 from megatron_moe_comp.plan.methods import stock_method
+from megatron_moe_comp.plan.operations import tokens_per_rank
 from megatron_moe_comp.plan.shape import Layout, Model
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -147,9 +149,7 @@ def _codec_seconds(
     codec, others = CODECS[name](), layout.near_peers + layout.far_peers
     counts = [num_rows * i // others for i in range(others + 1)]
     peers = [Peer(0, 0, codec)]
-    peers += [
-        Peer(b - a, CODEC_BITS, codec) for a, b in zip(counts[:-1], counts[1:], strict=True)
-    ]
+    peers += [Peer(b - a, CODEC_BITS, codec) for a, b in pairwise(counts)]
     packet = Packet.plan(peers, 0, rows)
     message = packet.encode(rows, (), RANDOM)
     return (

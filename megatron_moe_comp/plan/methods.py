@@ -19,8 +19,8 @@ from megatron_moe_comp.plan.cost_model import (
     Traffic,
     WireLoad,
     predict,
-    tokens_per_rank,
 )
+from megatron_moe_comp.plan.operations import tokens_per_rank
 from megatron_moe_comp.plan.shape import Layout, Model, Stack
 
 SAFE_BITS = tuple(range(BITS_RANGE["rq"][1], AUTO_MIN_BITS - 1, -1))
@@ -55,7 +55,9 @@ def stock_method(model: Model, layout: Layout) -> Method:
 def method_of(name: str, config: CompressionConfig, model: Model, layout: Layout) -> Method:
     """Returns the Method of a configuration, which is not `auto`."""
     traffic = tuple(_traffic(config, model, layout, stack) for stack in model.stacks)
-    lossy = config.moe_a2a_compress == "lsh" or (config.moe_a2a_bits or AUTO_MIN_BITS) < AUTO_MIN_BITS
+    lossy = (
+        config.moe_a2a_compress == "lsh" or (config.moe_a2a_bits or AUTO_MIN_BITS) < AUTO_MIN_BITS
+    )
     return Method(
         name,
         flags_of(config),

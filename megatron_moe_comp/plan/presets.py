@@ -25,18 +25,20 @@ MODELS: dict[str, Model] = {
         num_microbatches=16,
         vocab_size=50304,
     ),
-    # The parameter count of LSH-MoE's T5-MoE: 16 layers of 16 experts of 2 x 1024 x 16384 weights.
-    "T5-MoE 9.3B": Model(
-        stacks=(Stack(8, 8, 512), Stack(8, 8, 512, attentions=2)),
+    # T5 with experts in every other layer: Switch-Large (Fedus et al., 2022), as
+    # huggingface.co/google/switch-large-128.
+    "T5-MoE 26B (Switch-Large-128)": Model(
+        stacks=(Stack(24, 12, 512), Stack(24, 12, 128, attentions=2)),
         hidden_size=1024,
-        ffn_hidden_size=16384,
-        moe_ffn_hidden_size=16384,
-        num_experts=16,
-        topk=2,
+        ffn_hidden_size=4096,
+        moe_ffn_hidden_size=4096,
+        num_experts=128,
+        topk=1,
         micro_batch_size=16,
         num_microbatches=16,
         vocab_size=32128,
     ),
+    # huggingface.co/Qwen/Qwen3-30B-A3B
     "Qwen3-30B-A3B": Model(
         stacks=(Stack(48, 48, 4096),),
         hidden_size=2048,
@@ -63,9 +65,18 @@ NETWORKS: dict[str, tuple[int, Link, Link]] = {
 }
 """Ranks per node and a rank's links within and between nodes: nominal bandwidths."""
 
+DEFAULT_NETWORK = "400 Gbit/s InfiniBand per rank"
+
 TABLE_RANKS = (8, 64, 512, 4096)
 FLOPS, MEMORY_BANDWIDTH = 400e12, 3.35e12
 """Of an H100 SXM: 40% of its dense bfloat16 peak, and its nominal memory bandwidth."""
+
+ASSUMPTIONS = (
+    f"Assumed, not measured: GPUs that achieve {FLOPS / 1e12:.0f} TFLOPS and read and write "
+    f"{MEMORY_BANDWIDTH / 1e12:.2f} TB/s; rq encodes and decodes rows at {CODEC_SHARE:.0%} of that "
+    f"and takes {MESSAGE_S * 1e6:.0f} us for a message; links at their nominal bandwidths; "
+    "balanced load; bfloat16 rows; as many expert-parallel ranks as there are experts, up to 64."
+)
 
 
 def codec_speeds(
@@ -91,7 +102,7 @@ def machine_of(near: Link, far: Link, value_bytes: int) -> Machine:
 
 
 def layout_of(model: Model, ranks: int, ranks_per_node: int) -> Layout:
-    """Returns the layout with the most expert parallelism that experts and ranks allow, up to 64."""
+    """Returns the layout with as much expert parallelism as ranks and experts allow, up to 64."""
     return Layout(
         ranks,
         min(ranks, model.num_experts, 64),
