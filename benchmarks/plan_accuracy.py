@@ -4,9 +4,11 @@
     python benchmarks/plan_accuracy.py rows.json --held-out-hidden 384 --json errors.json
 
 Rows are those of benchmarks/network.py. What a machine achieves is fitted on all of them but the
-held-out ones: the FLOPS and the memory bandwidth of a core, the part of a link's rate that arrives,
-the bandwidth of links without a rate and the latency of a message by the times of steps, and the
-speed of each codec by the times that encoding and decoding took. More ranks than cores share them.
+held-out ones: by the times of steps the FLOPS and the memory bandwidth of a core, what a layer
+takes whatever its size, the part of a link's rate that arrives, the bandwidth of links without a
+rate and the latency of a message; by the times that encoding and decoding took the speed of each
+codec. More ranks than cores share them. Messages should be larger than the burst that a shaped link
+lets through at once.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from methods import METHODS
 from rich.console import Console
 from rich.table import Table
@@ -35,8 +38,11 @@ Row = dict[str, Any]
 
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 UNLIMITED = "none"
-FIRST_STEP, LAST_STEP = 2.0, 0.01
-"""Of the search, as the logarithm of a factor."""
+FIT_STEPS = 15
+SHIFT = 1e-4
+"""Of a logarithm, to tell a slope."""
+PULL = 1e-3
+"""How much a figure that is off by a factor of e counts, beside a row that is."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,18 @@ class Fitted:
     link_efficiency: float = 0.9
     free_bandwidth: float = 1e9
     latency: float = 1e-4
+    layer_overhead: float = 1e-3
+    """Seconds of a core for each layer and micro-batch."""
+
+
+LIMITS = {
+    "memory_bandwidth": (1e9, 1e11),
+    "link_efficiency": (0.1, 1.0),
+    "free_bandwidth": (1e7, 1e11),
+    "latency": (1e-6, 1e-2),
+    "layer_overhead": (1e-6, 1.0),
+}
+"""What the fit may make of figures that rows say little about."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,10 @@ class Setting:
 
     def seconds(self, method: Method, fitted: Fitted, codecs: dict[str, CodecSpeed]) -> float:
         """Returns the predicted time of a step."""
-        return predict(self.model, self.layout, self.machine(fitted, codecs), method).step
+        layers = self.model.stacks[0].num_layers * self.model.num_microbatches
+        overhead = layers * fitted.layer_overhead / self.core_share
+        step = predict(self.model, self.layout, self.machine(fitted, codecs), method).step
+        return overhead + step
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -200,29 +221,38 @@ def codec_speeds(settings: Sequence[Setting]) -> dict[str, CodecSpeed]:
 def fit(settings: Sequence[Setting], codecs: dict[str, CodecSpeed]) -> Fitted:
     """Returns the figures with the least mean square of the logarithms of predicted / measured.
 
-    A search along one figure after the other, in ever smaller steps.
+    By Levenberg's method on the figures' logarithms, held weakly where they are supposed to be.
     """
+    supposed = torch.tensor(list(asdict(Fitted()).values()), dtype=torch.float64).log()
 
-    def loss(fitted: Fitted) -> float:
-        return statistics.mean(
-            math.log(1e3 * s.seconds(s.method, fitted, codecs) / s.row["step_ms"]) ** 2
-            for s in settings
-        )
+    def residuals(logs: torch.Tensor) -> torch.Tensor:
+        fitted = _fitted(logs)
+        of_rows = [
+            math.log(1e3 * s.seconds(s.method, fitted, codecs) / s.row["step_ms"]) for s in settings
+        ]
+        return torch.cat((torch.tensor(of_rows).double(), PULL * (logs - supposed)))
 
-    best, step = Fitted(), FIRST_STEP
-    least = loss(best)
-    while step > LAST_STEP:
-        improved = False
-        for name, value in asdict(best).items():
-            for factor in (math.exp(step), math.exp(-step)):
-                changed = value * factor
-                if name == "link_efficiency":
-                    changed = min(1.0, changed)
-                other = replace(best, **{name: changed})
-                if (found := loss(other)) < least:
-                    best, least, improved = other, found, True
-        step = step if improved else step / 2
-    return best
+    logs, damping = supposed, 1.0
+    found = residuals(logs)
+    for _ in range(FIT_STEPS):
+        shifts = SHIFT * torch.eye(len(logs), dtype=torch.float64)
+        slopes = torch.stack([(residuals(logs + s) - found) / SHIFT for s in shifts], dim=1)
+        system = torch.cat((slopes, damping * torch.eye(len(logs), dtype=torch.float64)))
+        target = torch.cat((-found, torch.zeros_like(logs)))
+        tried = logs + torch.linalg.lstsq(system, target[:, None]).solution[:, 0]
+        better = residuals(tried)
+        if better.square().sum() < found.square().sum():
+            logs, found, damping = tried, better, damping / 3
+        else:
+            damping *= 3
+    return _fitted(logs)
+
+
+def _fitted(logs: torch.Tensor) -> Fitted:
+    values = dict(zip(asdict(Fitted()), logs.exp().tolist(), strict=True))
+    for name, (low, high) in LIMITS.items():
+        values[name] = min(high, max(low, values[name]))
+    return Fitted(**values)
 
 
 def figures(
@@ -262,7 +292,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"Fitted, of a core: {fitted.flops / 1e9:.3g} GFLOPS, memory "
         f"{fitted.memory_bandwidth / 1e9:.3g} GB/s; links: {fitted.link_efficiency:.0%} of their "
         f"rate, {fitted.free_bandwidth / 1e9:.3g} GB/s without one, {fitted.latency * 1e6:.3g} us "
-        "per message.",
+        f"per message; {fitted.layer_overhead * 1e3:.3g} ms for a layer whatever its size.",
         highlight=False,
     )
     table = Table(title="Predicted and measured")

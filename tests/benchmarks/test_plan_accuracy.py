@@ -11,7 +11,7 @@ from plan_accuracy import Fitted, setting_of
 
 from megatron_moe_comp.plan.cost_model import CodecSpeed, predict
 
-TRUTH = Fitted(8e10, 6e9, 0.95, 1.5e9, 3e-4)
+TRUTH = Fitted(8e10, 6e9, 0.95, 1.5e9, 3e-4, 5e-3)
 CODECS = {"rq": CodecSpeed(1.5e9, 3e9), "mxfp8": CodecSpeed(1.5e8, 2e8)}
 METHODS = ("none", "mxfp8", "birdmoe-8", "birdmoe-6", "lsh-20")
 SIZES = {
@@ -41,7 +41,7 @@ def row_of(rate, method, hidden, ranks, noise):
     s = setting_of(row)
     found = predict(s.model, s.layout, s.machine(TRUTH, CODECS), s.method)
     stock = s.seconds(s.stock, TRUTH, CODECS)
-    step = found.step * noise
+    step = s.seconds(s.method, TRUTH, CODECS) * noise
     phases = {"encode": 0.0, "decode": 0.0}
     if s.config.codec in CODECS:
         speed, wires = CODECS[s.config.codec], s.method.traffic[0].wires
