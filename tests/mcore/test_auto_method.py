@@ -57,9 +57,10 @@ def test_given_bits_leave_only_whether():
 
 
 def test_a_link_that_hardly_matters_gets_many_bits():
+    free = replace(MACHINE, codecs={"rq": CodecSpeed(1e15, 1e15)})
     bits = [
-        decided(replace(MACHINE, far=Link(bandwidth))).config.moe_a2a_bits
-        for bandwidth in (1e8, 1e9, 2e9, 3e9, 4e9, 5e9, 6e9, 1e11)
+        decided(replace(free, far=Link(bandwidth))).config.moe_a2a_bits
+        for bandwidth in (1e8, 1e9, 2e9, 3e9, 4e9, 1e10, 1e13)
     ]
     assert (bits[0], bits[-1]) == (5, None)
     assert 8 in bits
