@@ -8,7 +8,7 @@ CODEC_SHARE = 0.4
 encoding reaches 0.38 and decoding 0.87 (benchmarks/results/2026-11-22-codecs.md, where memcpy is
 half of the bandwidth); no GPU has been measured."""
 PYTORCH_CODEC_SHARE = 0.05
-"""Likewise, of codecs that are several passes of plain PyTorch."""
+"""Likewise, of codecs without CUDA kernels of their own: several passes of PyTorch."""
 MESSAGE_S = 20e-6
 """Assumed: a few kernel launches, to encode or to decode a message."""
 

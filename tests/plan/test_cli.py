@@ -6,6 +6,7 @@ from megatron_moe_comp.plan import presets
 from megatron_moe_comp.plan.__main__ import main
 from megatron_moe_comp.plan.operations import weights_per_rank
 from megatron_moe_comp.plan.shape import Layout
+from tests.end_to_end.forks import launch
 
 MODEL = "--hidden-size 512 --layers 4 --experts 8 --seq-length 256 --dtype float32"
 RANKS = "--ranks 4 --expert-parallel 4 --ranks-per-node 1"
@@ -127,3 +128,17 @@ def test_errors(capsys, options, message):
         main(options.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_measuring_where_it_runs(tmp_path):
+    script = tmp_path / "plan.py"
+    script.write_text("from megatron_moe_comp.plan.__main__ import main\nmain()\n")
+    options = "--measure --expert-parallel 2 --hidden-size 64 --layers 2 --experts 4"
+    options += " --seq-length 64 --dtype float32 --ranks-per-node 1 --json plan.json"
+    returncode, output = launch(script, options.split(), 2, tmp_path)
+    assert returncode == 0, output
+    assert output.count("2 ranks, expert parallel 2") == 1
+    machine = json.loads((tmp_path / "plan.json").read_text())["machine"]
+    assert machine["near"]["bandwidth"] is None  # nobody else is on the node
+    assert 0 < machine["far"]["bandwidth"] < presets.NVLINK.bandwidth
+    assert 0 < machine["flops"] < presets.FLOPS
