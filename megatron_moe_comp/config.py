@@ -5,7 +5,7 @@ the docstring below a field is the flag's help text; ``mcore/arguments.py`` gene
 A value is refused here and not by argparse, whose messages do not say what to do instead.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from megatron_moe_comp.lsh_options import LshOptions, flag, require_choice
@@ -30,7 +30,7 @@ CodecName = Literal[
     "fp8",
     "mxfp8",
 ]
-Method = Literal["none", "birdmoe", "lsh", CodecName]
+Method = Literal["none", "auto", "birdmoe", "lsh", CodecName]
 BitPolicy = Literal["uniform", "proportional", "optimal"]
 ScalePer = Literal["row", "chunk"]
 Scope = Literal["remote", "inter-node"]
@@ -45,6 +45,8 @@ BITS_RANGE = {
 }
 """Fewest and most bits per value of the codecs whose width can be chosen."""
 
+AUTO_MIN_BITS = 5
+"""Fewest bits per value that auto chooses by itself: fewer have a cost in quality."""
 MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8
 """Rows are packed in groups of 8 values: 8 codes of b bits fill exactly b bytes."""
@@ -56,9 +58,11 @@ class CompressionConfig(LshOptions):
 
     moe_a2a_compress: Method = "none"
     """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
-    other options. birdmoe: unbiased random quantization with load-aware bits (BirdMoE, DAC 2025).
-    lsh: similar rows are sent as one centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other
-    name: that codec alone, rq being birdmoe's and identity sending rows unchanged."""
+    other options. auto: none, or birdmoe with 8 to 5 bits, whichever a short measurement at the
+    start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random
+    quantization with load-aware bits (BirdMoE, DAC 2025). lsh: similar rows are sent as one
+    centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other name: that codec alone, rq being
+    birdmoe's and identity sending rows unchanged."""
 
     moe_a2a_codec: CodecName | None = None
     """What encodes the centroids of lsh (default: identity, unchanged)."""
@@ -137,7 +141,9 @@ class CompressionConfig(LshOptions):
                     f"{flag(name)}={value}: out of range. Use a value from {low} to {high}."
                 )
         self._check_lsh(self.moe_a2a_compress)
-        if self.enabled:
+        if self.moe_a2a_compress == "auto":
+            self.resolved(self.moe_a2a_bits or DEFAULT_BITS)
+        elif self.enabled:
             self._resolve_bits()
             self._check_method()
 
@@ -230,14 +236,32 @@ class CompressionConfig(LshOptions):
         """Whether a method other than none was chosen."""
         return self.moe_a2a_compress != "none"
 
+    def resolved(self, bits: int | None) -> "CompressionConfig":
+        """Returns what auto stands for if it chooses birdmoe with these bits, or none (None).
+
+        Raises:
+            ValueError: an option that birdmoe cannot be used with.
+        """
+        if bits is None:
+            return replace(self, moe_a2a_compress="none")
+        policy, fewest = self.moe_a2a_bit_policy or "uniform", self.moe_a2a_min_bits
+        if policy != "uniform" and fewest is None:
+            fewest = min(bits, AUTO_MIN_BITS)
+        return replace(
+            self,
+            moe_a2a_compress="birdmoe",
+            moe_a2a_bits=bits,
+            moe_a2a_bit_policy=policy,
+            moe_a2a_min_bits=fewest,
+        )
+
     @property
     def codec(self) -> CodecName:
         """The name of what encodes rows on the compressed wires."""
         if self.moe_a2a_compress == "lsh":
             return self.moe_a2a_codec or "identity"
-        return {"birdmoe": "rq", "none": "identity"}.get(
-            self.moe_a2a_compress, self.moe_a2a_compress
-        )
+        of_method = {"birdmoe": "rq", "auto": "rq", "none": "identity"}
+        return of_method.get(self.moe_a2a_compress, self.moe_a2a_compress)
 
     @property
     def _chosen_by(self) -> str:

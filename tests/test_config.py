@@ -23,7 +23,7 @@ def model(**changes):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, birdmoe, lsh, identity")),
+        ({"moe_a2a_compress": "zip"}, ("--moe-a2a-compress=zip", "none, auto, birdmoe, lsh")),
         ({"moe_a2a_bits": 1}, ("--moe-a2a-bits=1", "2 to 8")),
         ({"moe_a2a_bits": 9}, ("--moe-a2a-bits=9", "2 to 8")),
         ({"moe_a2a_compress": "pwlq", "moe_a2a_bits": 2}, ("--moe-a2a-bits=2", "pwlq", "3 to 8")),
@@ -35,6 +35,10 @@ def model(**changes):
         ({"moe_a2a_min_bits": 7}, ("--moe-a2a-bits=6", "--moe-a2a-min-bits=7")),
         ({"moe_a2a_max_bits": 5}, ("--moe-a2a-bits=6", "--moe-a2a-max-bits=5")),
         ({"moe_a2a_compress": "rq", "moe_a2a_max_bits": 7}, ("--moe-a2a-max-bits=7", "uniform")),
+        ({"moe_a2a_compress": "auto", "moe_a2a_bits": 9}, ("--moe-a2a-bits=9", "2 to 8")),
+        ({"moe_a2a_compress": "auto", "moe_a2a_codec": "rq"}, ("--moe-a2a-codec=rq", "lsh")),
+        ({"moe_a2a_compress": "auto", "moe_lsh_refine": 2}, ("--moe-lsh-refine=2", "=auto")),
+        ({"moe_a2a_compress": "auto", "moe_a2a_min_bits": 5}, ("--moe-a2a-min-bits=5", "uniform")),
         ({"moe_a2a_scope": "node"}, ("--moe-a2a-scope=node", "inter-node")),
         ({"moe_a2a_scope": "inter-node"}, ("--moe-a2a-scope=inter-node", "ranks-per-node")),
         ({"moe_a2a_ranks_per_node": 2}, ("--moe-a2a-ranks-per-node=2", "inter-node")),
@@ -60,6 +64,7 @@ def test_a_bad_value_is_refused_with_option_requirement_and_remedy(changes, part
     ("method", "bits", "policy", "limits"),
     [
         ("none", None, None, (None, None)),
+        ("auto", None, None, (None, None)),
         ("birdmoe", 6, "optimal", (3, 8)),
         ("rq", 6, "uniform", (None, None)),
         ("pwlq", 6, "uniform", (None, None)),
@@ -91,9 +96,26 @@ def test_none_ignores_the_options_of_other_methods():
     CompressionConfig(moe_a2a_bits=3, moe_a2a_bit_policy="optimal", moe_a2a_chunks=4)
 
 
+def test_what_auto_may_become():
+    auto = CompressionConfig(moe_a2a_compress="auto", moe_a2a_chunks=4, moe_a2a_dedup=True)
+    assert auto.enabled  # so that what birdmoe cannot work with is refused
+    assert auto.resolved(None) == replace(auto, moe_a2a_compress="none")
+    found = auto.resolved(7)
+    assert (found.moe_a2a_compress, found.moe_a2a_bits, found.codec) == ("birdmoe", 7, "rq")
+    assert (found.moe_a2a_bit_policy, found.moe_a2a_chunks, found.moe_a2a_dedup) == (
+        "uniform",
+        4,
+        True,
+    )
+    load_aware = replace(auto, moe_a2a_bit_policy="optimal")
+    assert load_aware.resolved(8).moe_a2a_min_bits == 5
+    assert load_aware.resolved(4).moe_a2a_min_bits == 4
+    assert replace(load_aware, moe_a2a_min_bits=3).resolved(8).moe_a2a_min_bits == 3
+
+
 def test_every_method_is_a_codec_or_has_one():
     assert set(get_args(CodecName)) == set(CODECS)
-    assert set(get_args(Method)) == {"none", "birdmoe", "lsh", *CODECS}
+    assert set(get_args(Method)) == {"none", "auto", "birdmoe", "lsh", *CODECS}
     for name, codec in CODECS.items():
         assert BITS_RANGE.get(name) == codec.num_bits_range, name
     assert BITS_RANGE.keys() <= CODECS.keys()

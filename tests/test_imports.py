@@ -49,7 +49,17 @@ LEVELS = {
     "mcore.greedy_decoding": 5,
     "mcore.answers": 5,
     "mcore.entry": 6,
+    "mcore.auto_method": 5,
     "convert": 6,
+    "plan.shape": 0,
+    "plan.operations": 0,
+    "plan.cost_model": 0,
+    "plan.break_even": 0,
+    "plan.presets": 0,
+    "plan.methods": 1,
+    "plan.report": 1,
+    "plan.measure": 2,
+    "plan.__main__": 6,
 }
 FREE_STANDING = ("data", "report", "mcore.cpu_", "mcore.wheel_")
 """Not used by the training itself; they import nothing of ours but each other."""

@@ -6,9 +6,10 @@ Together with the entry scripts this is the only module that sees Megatron's glo
 import copy
 import io
 import os
+import sys
 import typing
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import reduce
@@ -31,6 +32,7 @@ from megatron_moe_comp.lsh_options import LshOptions, flag
 from megatron_moe_comp.t5_options import T5Options
 
 LSH_STATE = "moe_lsh_state"
+AUTO_DECISION = "moe_a2a_auto_decision"
 NON_STRICT = ("log_unexpected", "log_all", "ignore_all")
 """Values of --dist-ckpt-strictness that ask for what fits."""
 
@@ -45,6 +47,9 @@ class CheckpointToLoad(NamedTuple):
     is_release: bool
     is_strict: bool
     """Whether all of the model must be in the checkpoint, and all of it in the model."""
+
+
+ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
 class _FlagFactory(ArgumentGroupFactory):
@@ -135,8 +140,22 @@ def compression_config_from_args(args: Namespace) -> CompressionConfig:
     return config
 
 
+def plan_base_of_args(args: Namespace) -> CompressionConfig:
+    """Returns the options of the flags that go with any method, the method being auto.
+
+    Raises:
+        ValueError: see `compression_config_from_args`.
+    """
+    asked = compression_config_from_args(args)
+    kept = ("seed", "wires", "scope", "ranks_per_node", "chunks")
+    values = {name: getattr(asked, name) for name in (f"moe_a2a_{suffix}" for suffix in kept)}
+    base = CompressionConfig(moe_a2a_compress="auto", moe_a2a_dedup=asked.moe_a2a_dedup, **values)
+    base.check_model(args)
+    return base
+
+
 def parse_and_validate_args(
-    *extra_args_providers: Callable[[ArgumentParser], ArgumentParser],
+    *extra_args_providers: ArgsProvider,
 ) -> tuple[Namespace, CompressionConfig]:
     """Parses Megatron's flags and ours, and sets Megatron's global arguments.
 
@@ -148,16 +167,46 @@ def parse_and_validate_args(
     Raises:
         ValueError: see `compression_config_from_args` and `check_upcycling_args`.
     """
-
-    def provider(parser: ArgumentParser) -> ArgumentParser:
-        ours = (add_compression_args, add_upcycling_args)
-        return reduce(lambda p, add: add(p), (*ours, *extra_args_providers), parser)
-
+    provider = _provider(*extra_args_providers)
     unchecked = megatron_arguments.parse_args(provider)
     check_upcycling_args(unchecked)
     compression_config_from_args(unchecked)
     args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
     return args, compression_config_from_args(args)
+
+
+def _provider(*extra_args_providers: ArgsProvider) -> ArgsProvider:
+    """Returns a provider of our own flags and then those of others."""
+
+    def add_all(parser: ArgumentParser) -> ArgumentParser:
+        ours = (add_compression_args, add_upcycling_args)
+        return reduce(lambda p, add: add(p), (*ours, *extra_args_providers), parser)
+
+    return add_all
+
+
+def parse_command(command: Sequence[str]) -> Namespace:
+    """Returns what the flags of a command line say, with nothing validated, set or built.
+
+    Args:
+        command: words up to and with one of the entry scripts, which may be torchrun's, and flags.
+
+    Raises:
+        ValueError: no entry script is named.
+    """
+    script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
+    name = None if script is None else os.path.basename(command[script])
+    providers = {"pretrain_gpt_moe.py": (), "finetune_t5_moe.py": (add_t5_args,)}
+    if name not in providers:
+        raise ValueError(
+            f"{' '.join(command[:3])}: which script the flags are for is not known. Write one of "
+            f"{' and '.join(providers)} before them."
+        )
+    before, sys.argv = sys.argv, list(command[script:])
+    try:
+        return megatron_arguments.parse_args(_provider(*providers[name]))
+    finally:
+        sys.argv = before
 
 
 def checkpoint_to_load() -> CheckpointToLoad | None:
@@ -197,6 +246,18 @@ def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:
     if get_args().finetune:
         return None
     return getattr(_args_of_checkpoint("load"), LSH_STATE, None)
+
+
+def auto_decision_of_checkpoint() -> dict[str, Any] | None:
+    """Returns what auto chose in the training that is resumed, or None; saved as lsh's state."""
+    if get_args().finetune:
+        return None
+    return getattr(_args_of_checkpoint("load"), AUTO_DECISION, None)
+
+
+def keep_auto_decision(decision: dict[str, Any]) -> None:
+    """Has the next checkpoints hold what auto chose."""
+    setattr(get_args(), AUTO_DECISION, decision)
 
 
 def _args_of_checkpoint(option: str) -> Namespace | None:

@@ -15,6 +15,7 @@ from megatron.training.utils import is_rank0
 
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
+from megatron_moe_comp.mcore.auto_method import resolve_auto
 from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
 from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
@@ -67,8 +68,9 @@ def train(
         forward_step: as Megatron's `pretrain` takes it.
         pretrain_kwargs: further arguments of `pretrain`.
     """
+    compression, decision = resolve_auto(args, compression)
     use_compressed_moe(model_config, compression, arguments.current_step)
-    stats = StatsLogger(compression, arguments.current_step, args.log_interval)
+    stats = StatsLogger(compression, arguments.current_step, args.log_interval, decision)
     stats.attach(model_config, layer_names)
     LshAdaptation(
         compression,

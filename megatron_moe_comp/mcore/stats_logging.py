@@ -33,12 +33,18 @@ class StatsLogger:
         compression: the options in use.
         step: returns the current training step.
         log_interval: iterations from line to line.
+        decision: what auto chose and why, if the method is its choice.
     """
 
     def __init__(
-        self, compression: CompressionConfig, step: Callable[[], TrainingStep], log_interval: int
+        self,
+        compression: CompressionConfig,
+        step: Callable[[], TrainingStep],
+        log_interval: int,
+        decision: dict[str, Any] | None = None,
     ) -> None:
         self._compression = compression
+        self._decision = decision
         self._step = step
         self._log_interval = log_interval
         self._layers: list[CompressedMoELayer] = []
@@ -59,7 +65,10 @@ class StatsLogger:
         """
         if is_rank0():
             kernels = _kernels(self._compression)
-            print(f"all-to-all {describe(self._compression)}; kernels: {kernels}", flush=True)
+            chosen = describe(self._compression)
+            if self._decision is not None:
+                chosen = f"auto: {chosen}, {self._decision['reason']}"
+            print(f"all-to-all {chosen}; kernels: {kernels}", flush=True)
             if self._compression.moe_a2a_stats_json:
                 require_writable("--moe-a2a-stats-json", self._compression.moe_a2a_stats_json)
         self._layer_names = layer_names
@@ -133,6 +142,7 @@ class StatsLogger:
         moe_layers = [i for i, layer in enumerate(totals) if layer.any()]
         names = {i + 1: self._layer_names[i] for i in moe_layers}
         report = summarize(totals[moe_layers], names, self._compression)
+        report["auto"] = self._decision
         if is_rank0():
             _print_summary(report, self._compression)
             if self._compression.moe_a2a_stats_json:

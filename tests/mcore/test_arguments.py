@@ -68,7 +68,7 @@ def test_wires(monkeypatch, options, wires):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--moe-a2a-compress=zip", "--moe-a2a-compress=zip: not one of none, birdmoe"),
+        ("--moe-a2a-compress=zip", "--moe-a2a-compress=zip: not one of none, auto, birdmoe"),
         ("--moe-a2a-compress=birdmoe --moe-a2a-bits=1", "--moe-a2a-bits=1: "),
         ("--moe-a2a-compress=birdmoe --hidden-size=100", "--hidden-size=100: .*multiple of 8"),
         ("--moe-a2a-compress=birdmoe --moe-token-dispatcher-type=flex", "dispatcher-type=flex: "),
@@ -100,7 +100,7 @@ def test_every_field_has_one_flag_with_help():
     for name, action in actions.items():
         assert action.option_strings == ["--" + name.replace("_", "-")]
         assert len(action.help) > 30
-    assert "{none,birdmoe,lsh,identity,rq," in parser.format_help()
+    assert "{none,auto,birdmoe,lsh,identity,rq," in parser.format_help()
 
 
 def test_ranks_per_node_come_from_the_launcher(monkeypatch):
@@ -164,3 +164,15 @@ def test_checkpoint_to_load(monkeypatch, checkpoint, tmp_path):
     assert found(pretrained_checkpoint=checkpoint) == pretrained
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert found(load=checkpoint) == expected._replace(iteration=0, is_release=True)
+
+
+@pytest.mark.parametrize(("finetune", "expected"), [(False, {"method": "none"}), (True, None)])
+def test_the_choice_of_auto_is_that_of_the_run_that_goes_on(monkeypatch, finetune, expected):
+    saved = Namespace()
+    monkeypatch.setattr(arguments, "get_args", lambda: saved)
+    arguments.keep_auto_decision({"method": "none"})
+    monkeypatch.setattr(arguments, "get_args", lambda: Namespace(finetune=finetune))
+    monkeypatch.setattr(arguments, "_args_of_checkpoint", lambda option: saved)
+    assert arguments.auto_decision_of_checkpoint() == expected
+    monkeypatch.setattr(arguments, "_args_of_checkpoint", lambda option: None)
+    assert arguments.auto_decision_of_checkpoint() is None
