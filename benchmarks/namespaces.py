@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from megatron_moe_comp.report.network_results import rate_bits
+
 PREFIX = "moe-network"
 INTERFACE = "link0"
-UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 MIN_BURST_BYTES = 16 * 1024
 BURST_SECONDS = 0.5e-3
 
@@ -31,29 +32,13 @@ class NetworkError(Exception):
     """A network that cannot be built here; the message says why and what to do."""
 
 
-def bits_per_second(rate: str) -> float:
-    """Returns what a rate such as 200mbit means; infinity for none.
-
-    Raises:
-        ValueError: it is not a rate.
-    """
-    if rate == "none":
-        return float("inf")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
-    if not match or not float(match[1]):
-        raise ValueError(
-            f"{rate}: not a rate. Use a number and {', '.join(UNITS)}, as in 200mbit, or none."
-        )
-    return float(match[1]) * UNITS[match[2]]
-
-
 def burst_bytes(rate: str) -> int:
     """Returns how much an idle link lets through at full speed.
 
     A message is not to start with a part that costs nothing: half a millisecond of the rate is
     little of it. The kernel's timers need as much at high rates, and full packets at low ones.
     """
-    return max(MIN_BURST_BYTES, int(bits_per_second(rate) / 8 * BURST_SECONDS))
+    return max(MIN_BURST_BYTES, int(rate_bits(rate) / 8 * BURST_SECONDS))
 
 
 def set_rate(devices: Sequence[Device], rate: str) -> None:

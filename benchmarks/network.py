@@ -31,14 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from methods import METHODS
-from namespaces import (
-    PREFIX,
-    Network,
-    NetworkError,
-    bits_per_second,
-    burst_bytes,
-    require,
-)
+from namespaces import PREFIX, Network, NetworkError, burst_bytes, require
 from network_rows import Row, Visit, make_row, step_seconds, table, warnings
 from network_run import (
     HEAD_SIZE,
@@ -54,6 +47,8 @@ from network_run import (
 )
 from option_lists import names, numbers
 from rich.console import Console
+
+from megatron_moe_comp.report.network_results import rate_bits
 
 ROUTINGS = ("balanced", "real")
 CORPUS = "data/stdlib"
@@ -129,7 +124,7 @@ def _check(options: argparse.Namespace) -> None:
     default_rates = "none" if options.unshaped else "200mbit,1gbit,none"
     options.rates = list(dict.fromkeys((options.rates or default_rates).split(",")))
     for rate in options.rates:
-        bits_per_second(rate)
+        rate_bits(rate)
     if options.unshaped and options.rates != ["none"]:
         raise ValueError(
             f"--rates={','.join(options.rates)}: --unshaped limits no rate. Use --rates=none."

@@ -23,8 +23,10 @@ def rate_bits(rate: str) -> float:
     if rate == UNSHAPED:
         return math.inf
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)bit", rate.lower())
-    if match is None:
-        raise ValueError(f"rate {rate!r}: expected a number with bit, kbit, mbit or gbit, or none.")
+    if match is None or not float(match[1]):
+        raise ValueError(
+            f"{rate}: not a rate. Use a number and bit, kbit, mbit or gbit, as in 200mbit, or none."
+        )
     return float(match[1]) * UNITS[match[2]]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plan_accuracy
-from plan_accuracy import Fitted, setting_of
+from plan_fit import Fitted, setting_of
 
 from megatron_moe_comp.plan.cost_model import CodecSpeed, predict
 
@@ -113,9 +113,3 @@ def test_nothing_to_hold_out_or_to_fit(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit):
         run(tmp_path, rows(), *options)
     assert message in capsys.readouterr().err
-
-
-def test_rates():
-    assert plan_accuracy.bytes_per_second("200mbit") == 25e6
-    assert plan_accuracy.bytes_per_second("2.5gbit") == 312.5e6
-    assert plan_accuracy.bytes_per_second("none") is None
