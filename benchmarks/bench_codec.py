@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_comp import ops
+from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import BITS_RANGE
 
 IMPLEMENTATIONS = ("compiled", "reference")
 RANDOM = RandomStream(key=1, offset=2, stream=3)
@@ -148,7 +148,7 @@ def measure(name: str, bits: int | None, rows: torch.Tensor, threads: int, impl:
         {
             "memcpy": lambda: memcpy(copy, rows, threads),
             "encode": lambda: codec.encode(rows, segments, message, RANDOM),
-            "decode": lambda: codec.decode(message, segments, decoded),
+            "decode": lambda: codec.decode(message, segments, decoded, RANDOM),
         }
     )
     gigabytes = 4 * rows.numel() / 1e9

@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_moe_comp import ops
 from megatron_moe_comp.comm.all_to_all import sum_over_ranks
 from megatron_moe_comp.comm_stats import Column, summarize
+from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.mcore.log_outputs import require_writable, write_scalars
@@ -144,7 +145,8 @@ def _kernels(compression: CompressionConfig) -> str:
     if not compression.enabled:
         return "none"
     used = ["hadamard_hash", "cluster_sum"] if compression.moe_a2a_compress == "lsh" else []
-    used += ["quantize_pack"] if compression.codec == "rq" else []
+    for codec in (compression.forward.codec, compression.backward.codec):
+        used += CODECS[codec].kernels
     if not used:
         return "PyTorch"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,6 +163,8 @@ def describe(compression: CompressionConfig) -> str:
         words.append(compression.moe_a2a_codec)
     if compression.moe_a2a_bits is not None:
         words.append(f"{compression.moe_a2a_bits} bit")
+        if compression.backward != compression.forward:
+            words.append(f"({compression.backward.codec} {compression.backward.bits} bit backward)")
         if compression.moe_a2a_bit_policy != "uniform":
             words.append(compression.moe_a2a_bit_policy)
     if compression.moe_a2a_scope != "remote":

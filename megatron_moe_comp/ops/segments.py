@@ -31,12 +31,13 @@ def flatten(segments: Sequence[OpSegment]) -> list[int]:
     return [value for segment in segments for value in segment]
 
 
-def blocks(table: Sequence[int], row_values: int) -> Iterator[OpSegment]:
+def blocks(table: Sequence[int], row_values: int, scale_bytes: int = 4) -> Iterator[OpSegment]:
     """Yields an op's segments, in pieces of about `_BLOCK_VALUES` values.
 
     Args:
         table: as `flatten` returns it.
         row_values: values in a row.
+        scale_bytes: bytes of a row's scale.
     """
     rows = max(1, _BLOCK_VALUES // max(1, row_values))
     for i in range(0, len(table), FIELDS):
@@ -48,7 +49,7 @@ def blocks(table: Sequence[int], row_values: int) -> Iterator[OpSegment]:
                 min(rows, num_rows - start),
                 num_bits,
                 codes + start * row_bytes,
-                scales + start * 4,
+                scales + start * scale_bytes,
             )
 
 
@@ -57,6 +58,8 @@ def check(
     rows: torch.Tensor,
     row_scales: torch.Tensor | None,
     message: torch.Tensor,
+    max_bits: int = MAX_BITS,
+    scale_bytes: int = 4,
 ) -> None:
     """Raises ValueError unless an op's tensors have the right form and hold its segments."""
     if rows.dim() != 2 or not rows.is_contiguous() or not rows.is_floating_point():
@@ -71,13 +74,13 @@ def check(
         raise ValueError(f"segments must hold {FIELDS} integers per segment, not {len(table)}")
     for i in range(0, len(table), FIELDS):
         segment = OpSegment(*table[i : i + FIELDS])
-        if not MIN_BITS <= segment.num_bits <= MAX_BITS:
-            raise ValueError(f"num_bits must be {MIN_BITS} to {MAX_BITS}: {segment}")
+        if not MIN_BITS <= segment.num_bits <= max_bits:
+            raise ValueError(f"num_bits must be {MIN_BITS} to {max_bits}: {segment}")
         if not 0 <= segment.first_row <= segment.first_row + segment.num_rows <= len(rows):
             raise ValueError(f"a segment's rows must lie in the {len(rows)} rows: {segment}")
         parts = [("codes", segment.codes_offset, -(-rows.shape[1] * segment.num_bits // 8))]
         if row_scales is None:
-            parts.append(("scales", segment.scales_offset, 4))
+            parts.append(("scales", segment.scales_offset, scale_bytes))
         for name, start, row_bytes in parts if segment.num_rows else ():
             if not 0 <= start <= len(message) - segment.num_rows * row_bytes:
                 raise ValueError(f"{name} must lie in the {len(message)} bytes: {segment}")
