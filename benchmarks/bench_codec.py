@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 
 IMPLEMENTATIONS = ("compiled", "reference")
+REFERENCES = {"gaussian_pack": "_pack_reference", "gaussian_unpack": "_unpack_reference"}
 RANDOM = RandomStream(key=1, offset=2, stream=3)
 MIN_REPEATS, MIN_SECONDS = 5, 1.0
 
@@ -59,12 +60,12 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for, prints a table and writes the JSON file."""
     options = parse_options(arguments)
-    uses_rq = any(name == "rq" for name in options.codecs)
-    if uses_rq and "compiled" in options.impl and not ops.is_compiled("cpu"):
-        sys.exit(
-            "--impl=compiled: the C++ kernels of rq are not built, so the reference would be "
-            "measured instead. Build them with scripts/setup.sh, or use --impl=reference."
-        )
+    for name in options.codecs if "compiled" in options.impl else ():
+        if not all(ops.is_compiled("cpu", op) for op in CODECS[name].kernels):
+            sys.exit(
+                f"--impl=compiled: the C++ kernels of {name} are not built, so the reference would "
+                "be measured instead. Build them with scripts/setup.sh, or use --impl=reference."
+            )
     results = []
     for size in options.sizes:
         for dtype in options.dtypes:
@@ -102,32 +103,29 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, int | None, str]]:
-    """Yields codec, bits and implementation; only rq has a kernel to compare its reference with."""
+    """Yields codec, bits and implementation; of codecs without kernels there is one."""
     for name in options.codecs:
         low, high = BITS_RANGE.get(name, (0, 0))
         for bits in [b for b in options.bits if low <= b <= high] if high else [None]:
-            for impl in options.impl if name == "rq" else ["torch"]:
+            for impl in options.impl if CODECS[name].kernels else ["torch"]:
                 yield name, bits, impl
 
 
 @contextmanager
 def implementation(impl: str) -> Iterator[None]:
-    """Makes rq call the references of its ops within the context, if `impl` says so."""
+    """Makes codecs call the references of their ops within the context, if `impl` says so."""
     if impl != "reference":
         yield
         return
-    pack, unpack = (
-        sys.modules[f"megatron_moe_comp.ops.{name}"]
-        for name in ("quantize_pack", "unpack_dequantize")
-    )
+    with ExitStack() as stack:
+        for name in sorted({name for codec in CODECS.values() for name in codec.kernels}):
+            module = sys.modules[getattr(ops, name).__module__]
+            reference = getattr(module, REFERENCES.get(name, "_reference"))
 
-    def quantize_pack(*args: Any, key: int, offset: int, stream: int) -> None:  # noqa: ANN401
-        pack._reference(*args, key, offset, stream)
+            def op(*args: Any, reference: Any = reference, **random: int) -> None:  # noqa: ANN401
+                reference(*args, *random.values())
 
-    with (
-        mock.patch.object(ops, "quantize_pack", quantize_pack),
-        mock.patch.object(ops, "unpack_dequantize", unpack._reference),
-    ):
+            stack.enter_context(mock.patch.object(ops, name, op))
         yield
 
 

@@ -37,19 +37,25 @@ inline void check_tensors(const at::Tensor& rows, const std::optional<at::Tensor
                     row_scales->device());
 }
 
+// Which widths an op has, and the bytes of a row's scale in its messages.
+struct SegmentForm {
+  int max_bits = kMaxBits;
+  int scale_bytes = 4;
+};
+
 // Throws a ValueError that names the value and the requirement unless all tensors have the right
 // form and every segment lies inside of them.
 inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
-                            const std::optional<at::Tensor>& row_scales,
-                            const at::Tensor& message) {
+                            const std::optional<at::Tensor>& row_scales, const at::Tensor& message,
+                            SegmentForm form = {}) {
   check_tensors(rows, row_scales, message);
   TORCH_CHECK_VALUE(table.size() % kSegmentFields == 0, "segments must hold ", kSegmentFields,
                     " integers per segment, not ", table.size(), " in all");
   for (size_t i = 0; i < table.size(); i += kSegmentFields) {
     const int64_t number = static_cast<int64_t>(i) / kSegmentFields;
     const int64_t first_row = table[i], num_rows = table[i + 1], num_bits = table[i + 2];
-    TORCH_CHECK_VALUE(kMinBits <= num_bits && num_bits <= kMaxBits, "segment ", number,
-                      ": num_bits must be ", kMinBits, " to ", kMaxBits, ", not ", num_bits);
+    TORCH_CHECK_VALUE(kMinBits <= num_bits && num_bits <= form.max_bits, "segment ", number,
+                      ": num_bits must be ", kMinBits, " to ", form.max_bits, ", not ", num_bits);
     TORCH_CHECK_VALUE(0 <= first_row && first_row <= rows.size(0) && 0 <= num_rows &&
                           num_rows <= rows.size(0) - first_row,
                       "segment ", number, ": its ", num_rows, " rows from row ", first_row,
@@ -57,7 +63,24 @@ inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
     if (num_rows == 0) continue;
     const int64_t row_bytes = packed_bytes(rows.size(1), static_cast<int>(num_bits));
     check_range(number, "codes", table[i + 3], num_rows * row_bytes, message.numel());
-    if (!row_scales) check_range(number, "scales", table[i + 4], 4 * num_rows, message.numel());
+    if (row_scales) continue;
+    check_range(number, "scales", table[i + 4], form.scale_bytes * num_rows, message.numel());
+  }
+}
+
+inline void check_32_bits(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(0 <= value && value <= UINT32_MAX, name, " must be 0 to 2^32 - 1, not ", value);
+}
+
+// `senders`: the number of a segment's first row and a key, for every segment.
+inline void check_senders(at::IntArrayRef table, at::IntArrayRef senders) {
+  TORCH_CHECK_VALUE(senders.size() % 2 == 0 && senders.size() / 2 == table.size() / kSegmentFields,
+                    "senders must hold 2 integers per segment, not ", senders.size(), " in all");
+  for (size_t i = 0; i < senders.size() / 2; ++i) {
+    const int64_t first_row = senders[2 * i], num_rows = table[i * kSegmentFields + 1];
+    TORCH_CHECK_VALUE(0 <= first_row && first_row <= (int64_t{1} << 32) - num_rows, "segment ", i,
+                      ": a sender's rows must be 0 to 2^32 - 1, not ", num_rows, " from ",
+                      first_row);
   }
 }
 

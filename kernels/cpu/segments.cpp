@@ -1,18 +1,16 @@
 #include "segments.h"
 
-#include "../segment_checks.h"
-
 namespace moe_comp {
 
 std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& rows,
                                       const std::optional<at::Tensor>& row_scales,
-                                      const at::Tensor& message) {
-  check_arguments(table, rows, row_scales, message);
+                                      const at::Tensor& message, SegmentForm form) {
+  check_arguments(table, rows, row_scales, message, form);
   std::vector<Segment> segments;
   for (size_t i = 0; i < table.size(); i += kSegmentFields) {
     if (table[i + 1] == 0) continue;
     segments.push_back({table[i], table[i + 1], static_cast<int>(table[i + 2]), table[i + 3],
-                        table[i + 4]});
+                        table[i + 4], i / kSegmentFields});
   }
   return segments;
 }

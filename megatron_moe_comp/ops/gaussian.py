@@ -29,13 +29,12 @@ MAGNITUDES = {
 square error (Lloyd, 1957; Max, 1960), to the precision of float32."""
 
 CELLS = 50
-"""Cells per root mean square of a row, in which magnitudes are counted to choose a level."""
+"""Cells per root mean square of a row, which are counted to choose a level."""
 
 THRESHOLDS = {2: (49,), 3: (25, 52, 87), 4: (13, 26, 40, 55, 72, 92, 120)}
 """The cells at which the next level is the nearest: to within half a cell, in the middle between
 two levels. Whole numbers fit a byte, and the error is 0.1% from the least."""
 
-_TOP_CELL = 127.0
 _LANES = 32
 _CHUNK = 1024
 
@@ -75,10 +74,10 @@ def nearest_levels(rows: torch.Tensor, scales: torch.Tensor, num_bits: int) -> t
 
     For example, with a root mean square of 1 and 2 bits, levels -1.51, -0.45, 0.45 and 1.51:
 
-        x = -2.0  ->  100 cells, the threshold is 49: code 0
-        x = 0.0   ->  0 cells: code 2
-        x = 0.97  ->  48 cells: code 2
-        x = 0.98  ->  49 cells: code 3
+        x = -2.0  ->  cell -100, like 99; the threshold is 49: code 0
+        x = -0.01 ->  cell -1, like 0: code 1
+        x = 0.97  ->  cell 48: code 2
+        x = 0.98  ->  cell 49: code 3
 
     Args:
         rows: [N, H] of any floating-point dtype; arithmetic is in float32.
@@ -88,10 +87,12 @@ def nearest_levels(rows: torch.Tensor, scales: torch.Tensor, num_bits: int) -> t
     usable = scales > 0
     scales = torch.where(usable, scales.float(), 1.0)
     inverse = torch.full_like(scales, CELLS) / scales
-    cells = torch.where(usable[:, None], rows.float(), 0.0) * inverse[:, None]
-    magnitudes = cells.abs().clamp(max=_TOP_CELL).to(torch.uint8)
-    thresholds = torch.tensor(THRESHOLDS[num_bits], dtype=torch.uint8, device=rows.device)
-    index = torch.bucketize(magnitudes, thresholds, right=True, out_int32=True)
+    scaled = torch.where(usable[:, None], rows.float(), 0.0) * inverse[:, None]
+    cells = scaled.floor().clamp(-128, 127).to(torch.int8)
+    thresholds = torch.tensor(THRESHOLDS[num_bits], dtype=torch.int8, device=rows.device)
+    # Cell -1 mirrors cell 0.
+    mirrored = torch.where(cells < 0, ~cells, cells)
+    index = torch.bucketize(mirrored, thresholds, right=True, out_int32=True)
     half = 1 << (num_bits - 1)
     return torch.where(cells < 0, half - 1 - index, half + index).to(torch.uint8)
 
@@ -111,7 +112,7 @@ def _pack_reference(rows: torch.Tensor, message: torch.Tensor, segments: Sequenc
 
 def _unpack_reference(message: torch.Tensor, rows: torch.Tensor, segments: Sequence[int]) -> None:
     check(segments, rows, None, message, MAX_BITS, SCALE_BYTES)
-    hidden, largest = rows.shape[1], torch.finfo(rows.dtype).max
+    hidden, largest = rows.shape[1], min(torch.finfo(d).max for d in (rows.dtype, torch.float32))
     for first, num_rows, num_bits, codes_offset, scales_offset in blocks(
         segments, hidden, SCALE_BYTES
     ):

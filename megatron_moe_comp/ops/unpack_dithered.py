@@ -71,7 +71,7 @@ def _reference(
     check_senders(segments, senders)
     if not (0 <= offset < 2**32 and 0 <= stream < 2**32):
         raise ValueError(f"offset and stream must be 0 to 2^32 - 1, not {offset} and {stream}")
-    hidden, largest = rows.shape[1], torch.finfo(rows.dtype).max
+    hidden, largest = rows.shape[1], min(torch.finfo(d).max for d in (rows.dtype, torch.float32))
     for table, (sender_row, key) in zip(
         batched(segments, FIELDS), batched(senders, 2), strict=True
     ):

@@ -61,9 +61,9 @@ def test_levels_are_lloyds(num_bits):
 
 
 def test_nearest_levels_example_of_the_docstring():
-    rows = torch.tensor([[-2.0, 0.0, 0.97, 0.98]])
+    rows = torch.tensor([[-2.0, -0.01, 0.0, 0.97, 0.98]])
     codes = nearest_levels(rows, torch.ones(1, dtype=torch.bfloat16), 2)
-    assert codes.tolist() == [[0, 2, 2, 3]]
+    assert codes.tolist() == [[0, 1, 2, 2, 3]]
 
 
 @given(
