@@ -53,6 +53,22 @@ class GpuKernels:
         )
         rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
 
+    def unpack_dithered(
+        self,
+        message: np.ndarray,
+        rows: np.ndarray,
+        row_type: str,
+        segments: Sequence[int],
+        senders: Sequence[int],
+        random: tuple[int, int],
+    ) -> None:
+        """Writes into the rows; `random` is offset and stream."""
+        written = self._copy(rows, getattr(torch, row_type))
+        torch.ops.megatron_moe_comp.unpack_dithered(
+            self._copy(message, torch.uint8), written, segments, senders, *random
+        )
+        rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
+
     def _copy(self, array, dtype):
         skip = array.ctypes.data % 16
         memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.cuda_emulation import clusters, hashes
 from tests.cuda_emulation.build import ROOT, SOURCES, emulated, sanitizer_environment
-from tests.cuda_emulation.kernels import EmulatedKernels
+from tests.cuda_emulation.kernels import EmulatedDithering, EmulatedKernels
 
 
 class Case(NamedTuple):
@@ -74,7 +74,7 @@ def _case(
     return Case(rows, row_type, scales, table, end)
 
 
-def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
+def digest(kernels: EmulatedKernels, dithering: EmulatedDithering, few_blocks: bool) -> str:
     """Returns the digest of all messages, and of the rows that come out of them."""
     digest = hashlib.sha256()
     for case in cases(few_blocks):
@@ -84,6 +84,14 @@ def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
         kernels.quantize_pack(
             case.rows, case.row_type, case.row_scales, message, case.segments, random
         )
+        if case.row_scales is None:
+            decoded, senders = np.zeros_like(case.rows), []
+            for i in range(len(case.segments) // 5):
+                senders += [7 * i, random[0] + i]
+            dithering.unpack_dithered(
+                message, decoded, case.row_type, case.segments, senders, random[1:]
+            )
+            digest.update(decoded.tobytes())
         rows = case.rows  # in place: what is not written stays
         kernels.unpack_dequantize(message, case.row_scales, rows, case.row_type, case.segments)
         digest.update(message.tobytes() + rows.tobytes())
@@ -119,11 +127,11 @@ def run(
 def main() -> None:
     """Prints one digest per order of threads."""
     few_blocks, *libraries = sys.argv[1:]
-    quantize_pack, unpack_dequantize, cluster_sum, lsh_hash = map(Path, libraries)
+    quantize_pack, unpack_dequantize, unpack_dithered, cluster_sum, lsh_hash = map(Path, libraries)
     for reverse in (False, True):
         kernels = EmulatedKernels(quantize_pack, unpack_dequantize, reverse)
         print(
-            digest(kernels, bool(int(few_blocks)))
+            digest(kernels, EmulatedDithering(unpack_dithered, reverse), bool(int(few_blocks)))
             + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse))
             + hashes.digest(hashes.EmulatedHashes(lsh_hash, reverse)),
             flush=True,
