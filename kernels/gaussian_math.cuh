@@ -54,6 +54,24 @@ MMC_INLINE uint16_t rms_bits(double sum, int64_t hidden) {
   return bits_float(rounded << 16) < kSmallestScale ? 0 : static_cast<uint16_t>(rounded);
 }
 
+// The sum with one more square, which is exact.
+MMC_INLINE double add_square(double sum, float x) {
+  const double value = x;
+#if defined(__CUDA_ARCH__)
+  return __dadd_rn(sum, __dmul_rn(value, value));
+#else
+  return sum + value * value;
+#endif
+}
+
+MMC_INLINE double add_sums(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
 MMC_INLINE float scale_of_bits(uint16_t bits) {
   return bits_float(static_cast<uint32_t>(bits) << 16);
 }

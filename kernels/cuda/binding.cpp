@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "../cluster_checks.h"
+#include "../gaussian_math.cuh"
 #include "../hash_checks.h"
 #include "../segment_checks.h"
 #include "launchers.h"
@@ -20,8 +21,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Throws a ValueError that names the value and the requirement.
 void check(at::IntArrayRef table, const at::Tensor& rows, const OptionalTensor& row_scales,
-           const at::Tensor& message) {
-  check_arguments(table, rows, row_scales, message);
+           const at::Tensor& message, SegmentForm form = {}) {
+  check_arguments(table, rows, row_scales, message, form);
   TORCH_CHECK_VALUE(rows.is_cuda(), "rows must be on a CUDA device, not on ", rows.device());
   TORCH_CHECK_VALUE(rows.size(1) <= kMaxHidden, "rows must have at most ", kMaxHidden,
                     " columns, not ", rows.size(1));
@@ -107,6 +108,21 @@ void unpack_dithered(const at::Tensor& message, const at::Tensor& rows, at::IntA
   });
 }
 
+constexpr SegmentForm kGaussianForm = {kMaxGaussianBits, kGaussianScaleBytes};
+
+void gaussian_pack(const at::Tensor& rows, const at::Tensor& message, at::IntArrayRef table) {
+  check(table, rows, std::nullopt, message, kGaussianForm);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor source = has_kernel(rows) ? rows : rows.to(at::kFloat);
+  const OpCall call = call_of(source, std::nullopt, message, table);
+  C10_CUDA_CHECK(moe_comp_gaussian_pack(&call, c10::cuda::getCurrentCUDAStream()));
+}
+
+void gaussian_unpack(const at::Tensor& message, const at::Tensor& rows, at::IntArrayRef table) {
+  check(table, rows, std::nullopt, message, kGaussianForm);
+  write_rows(message, std::nullopt, rows, table, moe_comp_gaussian_unpack);
+}
+
 // Enqueues `launch`; `rows` have the device and the type of `values`.
 void launch_clusters(const at::Tensor& rows, const at::Tensor& values, const at::Tensor& order,
                      const at::Tensor& offsets, bool mean,
@@ -190,6 +206,8 @@ TORCH_LIBRARY_IMPL(megatron_moe_comp, CUDA, library) {
   library.impl("quantize_pack", moe_comp::quantize_pack);
   library.impl("unpack_dequantize", moe_comp::unpack_dequantize);
   library.impl("unpack_dithered", moe_comp::unpack_dithered);
+  library.impl("gaussian_pack", moe_comp::gaussian_pack);
+  library.impl("gaussian_unpack", moe_comp::gaussian_unpack);
   library.impl("cluster_sum", moe_comp::cluster_sum);
   library.impl("cluster_broadcast", moe_comp::cluster_broadcast);
   library.impl("hadamard_hash", moe_comp::hadamard_hash);

@@ -93,6 +93,28 @@ class EmulatedDithering:
         launch(self._library, "moe_comp_unpack_dithered", self.reverse, call, table, *words)
 
 
+class EmulatedGaussian:
+    """gaussian_pack and gaussian_unpack of `build.emulated`."""
+
+    def __init__(self, library: Path, reverse: bool = False):
+        self._library = ctypes.CDLL(str(library))
+        self.reverse = reverse
+
+    def gaussian_pack(
+        self, rows: np.ndarray, row_type: str, message: np.ndarray, segments: Sequence[int]
+    ) -> None:
+        """Writes into the message."""
+        call = _call(rows, row_type, None, message, segments)
+        launch(self._library, "moe_comp_gaussian_pack", self.reverse, call)
+
+    def gaussian_unpack(
+        self, message: np.ndarray, rows: np.ndarray, row_type: str, segments: Sequence[int]
+    ) -> None:
+        """Writes into the rows."""
+        call = _call(rows, row_type, None, message, segments)
+        launch(self._library, "moe_comp_gaussian_unpack", self.reverse, call)
+
+
 def launch(
     library: ctypes.CDLL, function: str, reverse: bool, call: ctypes.Structure, *arguments: object
 ) -> None:

@@ -45,7 +45,7 @@ def senders_of(table, seed=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 8, 13, 256, 1000, 1025, 1032, 8192, 8200, 16393])
+@pytest.mark.parametrize("hidden", [1, 13, 256, 1025, 1032, 8200])
 def test_same_rows_as_the_reference(kernels, hidden, dtype):
     table, num_rows, num_bytes = layout(hidden, EVERY_WIDTH, [3])
     generator = torch.Generator().manual_seed(hidden)
