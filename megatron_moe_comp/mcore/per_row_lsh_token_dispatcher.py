@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_comp.comm.all_to_all import Route
 from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.compression.lsh_clustering import Clusters
 from megatron_moe_comp.config import Wire
 from megatron_moe_comp.mcore.lsh_token_dispatcher import ClusteredRows, LshAlltoAllTokenDispatcher

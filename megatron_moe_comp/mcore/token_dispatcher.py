@@ -15,11 +15,11 @@ from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 from megatron_moe_comp.codec_options import Coding
 from megatron_moe_comp.comm.all_to_all import (
     Message,
-    Route,
     compressed_all_to_all,
     global_rank,
     nodes_of_ranks,
 )
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.compression.bit_allocation import allocate_bits, most_loaded
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of

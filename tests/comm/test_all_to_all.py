@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm import all_to_all
-from megatron_moe_comp.comm.all_to_all import Message, Route, compressed_all_to_all
+from megatron_moe_comp.comm.all_to_all import Message, compressed_all_to_all
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import Column, CommStats
 from megatron_moe_comp.compression.codecs import CODECS as REGISTERED
 from megatron_moe_comp.compression.codecs.dithered import Dithered
