@@ -1,5 +1,5 @@
-// The arithmetic of gaussian_pack and gaussian_unpack, once for every kernel; see quantize_math.cuh.
-// megatron_moe_comp/ops/gaussian.py says what it computes.
+// The arithmetic of gaussian_pack and gaussian_unpack, once for every kernel, like
+// quantize_math.cuh; megatron_moe_comp/ops/gaussian.py says what it computes.
 #pragma once
 
 #include <cmath>
@@ -46,7 +46,8 @@ MMC_INLINE uint16_t rms_bits(double sum, int64_t hidden) {
   const double mean = __ddiv_rn(sum, static_cast<double>(hidden));
   const uint32_t bits = float_bits(__double2float_rn(__dsqrt_rn(mean)));
 #else
-  const uint32_t bits = float_bits(static_cast<float>(std::sqrt(sum / static_cast<double>(hidden))));
+  const double mean = sum / static_cast<double>(hidden);
+  const uint32_t bits = float_bits(static_cast<float>(std::sqrt(mean)));
 #endif
   if ((bits & 0x7fffffffu) >= kInfBits) return kNanBits >> 16;
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;

@@ -1,5 +1,4 @@
-// What the AVX2 kernels share: random numbers and codes of 32 columns, and rows. Included by nothing
-// else.
+// What the AVX2 kernels share: random numbers and codes of 32 columns, and rows.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// What the AVX-512 kernels share: random numbers and codes of 64 columns. Included by nothing else.
+// What the AVX-512 kernels share: random numbers and codes of 64 columns.
 #pragma once
 
 #include <immintrin.h>

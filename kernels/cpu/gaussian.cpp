@@ -29,7 +29,8 @@ void pack_rows(const T* rows, uint8_t* message, int64_t hidden,
   for_each_row(segments, hidden, [&](const Segment& segment, int64_t i) {
     const int num_bits = segment.num_bits;
     const T* const values = rows + (segment.first_row + i) * hidden;
-    const uint16_t bits = hidden == 0 ? 0 : rms_bits(kernels.sum_of_squares(values, hidden), hidden);
+    const uint16_t bits =
+        hidden == 0 ? 0 : rms_bits(kernels.sum_of_squares(values, hidden), hidden);
     std::memcpy(message + segment.scales_offset + i * sizeof bits, &bits, sizeof bits);
     uint8_t* const packed = message + segment.codes_offset + i * packed_bytes(hidden, num_bits);
     const float scale = scale_of_bits(bits);

@@ -1,4 +1,5 @@
-// The CPU kernel of unpack_dithered; megatron_moe_comp/ops/unpack_dithered.py says what it computes.
+// The CPU kernel of unpack_dithered; megatron_moe_comp/ops/unpack_dithered.py says what it
+// computes.
 #include "unpack_dithered.h"
 
 #include <torch/library.h>

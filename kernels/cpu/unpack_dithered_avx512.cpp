@@ -11,7 +11,7 @@ namespace moe_comp {
 namespace {
 
 struct Levels {
-  __m512i origin;  // half a step above the code of zero, with the sign changed, in 16.16 fixed point
+  __m512i origin;  // what makes a code in 16.16 fixed point the middle of its step
   __m512 unit;
 };
 

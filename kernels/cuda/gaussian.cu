@@ -218,7 +218,8 @@ cudaError_t launch_unpack(const OpCall& call, GaussianParams& params, cudaStream
   const bool has_few_columns = call.hidden <= kTileValues / kWarps;
   auto* kernel = has_few_columns ? gaussian_unpack_kernel<Row, kWide, kWarp>
                                  : gaussian_unpack_kernel<Row, kWide, kThreads>;
-  params.table.rows_per_tile = rows_per_tile(call.hidden, kTileValues, has_few_columns ? kWarps : 1);
+  const int teams = has_few_columns ? kWarps : 1;
+  params.table.rows_per_tile = rows_per_tile(call.hidden, kTileValues, teams);
   params.table.tiles_per_row = static_cast<int32_t>((call.hidden + kTileValues - 1) / kTileValues);
   params.table.columns_per_tile = kTileValues;
   return launch_tiles(kernel, params, call, stream);
