@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_comp import ops
+from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import BITS_RANGE
 
 IMPLEMENTATIONS = ("compiled", "reference")
+REFERENCES = {"gaussian_pack": "_pack_reference", "gaussian_unpack": "_unpack_reference"}
+REFERENCES |= {"cast_pack": "_pack_reference", "unpack_cast": "_unpack_reference"}
 RANDOM = RandomStream(key=1, offset=2, stream=3)
 MIN_REPEATS, MIN_SECONDS = 5, 1.0
 
@@ -118,21 +120,15 @@ def implementation(impl: str) -> Iterator[None]:
     if impl != "reference":
         yield
         return
-    pack, unpack, cast = (
-        sys.modules[f"megatron_moe_comp.ops.{name}"]
-        for name in ("quantize_pack", "unpack_dequantize", "cast_pack")
-    )
+    with ExitStack() as stack:
+        for name in sorted({name for codec in CODECS.values() for name in codec.kernels}):
+            module = sys.modules[getattr(ops, name).__module__]
+            reference = getattr(module, REFERENCES.get(name, "_reference"))
 
-    def quantize_pack(*args: Any, key: int, offset: int, stream: int) -> None:  # noqa: ANN401
-        pack._reference(*args, key, offset, stream)
+            def op(*args: Any, reference: Any = reference, **random: int) -> None:  # noqa: ANN401
+                reference(*args, *random.values())
 
-    with mock.patch.multiple(
-        ops,
-        quantize_pack=quantize_pack,
-        unpack_dequantize=unpack._reference,
-        cast_pack=cast._pack_reference,
-        unpack_cast=cast._unpack_reference,
-    ):
+            stack.enter_context(mock.patch.object(ops, name, op))
         yield
 
 
@@ -153,7 +149,7 @@ def measure(name: str, bits: int | None, rows: torch.Tensor, threads: int, impl:
         {
             "memcpy": lambda: memcpy(copy, rows, threads),
             "encode": lambda: codec.encode(rows, segments, message, RANDOM),
-            "decode": lambda: codec.decode(message, segments, decoded),
+            "decode": lambda: codec.decode(message, segments, decoded, RANDOM),
         }
     )
     gigabytes = 4 * rows.numel() / 1e9

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("no row has what is to be held out. Name a rate or hidden size of the rows.")
     fit_on = [s for s, out in zip(settings, held_out, strict=True) if not out]
     codecs = codec_speeds(fit_on)
-    missing = {s.method.traffic[0].wires[0].codec for s in settings} - {None, "identity", *codecs}
+    used = {wire.codec for s in settings for wire in s.method.traffic[0].wires}
+    missing = used - {None, "identity", *codecs}
     if missing:
         parser.error(f"no row to fit on has codec {', '.join(sorted(missing))}. Hold out others.")
     fitted = fit(fit_on, codecs)

@@ -137,15 +137,19 @@ def codec_speeds(settings: Sequence[Setting]) -> dict[str, CodecSpeed]:
     """
     sums: dict[str, dict[str, float]] = {}
     for s in settings:
-        wires, codec = s.method.traffic[0].wires, s.config.codec
         if not s.config.enabled or s.config.moe_a2a_compress == "lsh":
             continue
         uses = s.model.stacks[0].num_moe_layers * s.model.num_microbatches * s.core_share
-        total = sums.setdefault(codec, dict.fromkeys(("encode", "decode", "values"), 0.0))
+        wires = s.method.traffic[0].wires
         # Phases are means over ranks, of which only one has more than the mean load.
-        total["values"] += uses * sum(min(wire.encoded, wire.decoded) for wire in wires)
-        for phase in ("encode", "decode"):
-            total[phase] += s.row["phases"][phase] / 1e3 * s.core_share**2
+        values = [uses * min(wire.encoded, wire.decoded) for wire in wires]
+        for wire, of_wire in zip(wires, values, strict=True):
+            kinds = ("encode", "decode", "values")
+            total = sums.setdefault(wire.codec, dict.fromkeys(kinds, 0.0))
+            total["values"] += of_wire
+            for phase in kinds[:2]:
+                seconds = s.row["phases"][phase] / 1e3 * s.core_share**2
+                total[phase] += seconds * of_wire / sum(values)
     return {
         name: CodecSpeed(t["values"] / t["encode"], t["values"] / t["decode"])
         for name, t in sums.items()

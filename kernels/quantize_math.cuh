@@ -113,6 +113,19 @@ MMC_INLINE float value_of(uint32_t code, float step, int num_bits) {
   return mul_rn(static_cast<float>(static_cast<int>(code) - levels(num_bits)), step);
 }
 
+// The value of a code in whose rounding `random_half` was added: less that, and half a step for the
+// fraction that was dropped. `unit` is the step over kOne, which is exact. At most 24 bits.
+MMC_INLINE float dithered_value_of(uint32_t code, uint32_t random_half, float unit, int num_bits) {
+  const int fixed_point = (static_cast<int>(code) - levels(num_bits)) * 65536 + 32768 -
+                          static_cast<int>(random_half);
+  return mul_rn(static_cast<float>(fixed_point), unit);
+}
+
+// x, or the largest value of its sign if it is beyond; NaN stays NaN.
+MMC_INLINE float saturated(float x, float largest) {
+  return x > largest ? largest : x < -largest ? -largest : x;
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011) at counter (group, row, offset, stream). Column 8g + 2j
 // takes the low half of word j, column 8g + 2j + 1 its high half.
 MMC_INLINE void philox4x32(uint32_t group, uint32_t row, uint32_t offset, uint32_t stream,

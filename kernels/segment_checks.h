@@ -64,12 +64,34 @@ inline void check_segments(at::IntArrayRef table, const at::Tensor& rows,
   }
 }
 
-// The same for quantize_pack and unpack_dequantize, whose scales are given or float32.
+// Which widths an op has, and the bytes of a row's scale in its messages.
+struct SegmentForm {
+  int max_bits = kMaxBits;
+  int scale_bytes = 4;
+};
+
+// The same for ops whose scales may be given, float32, instead of being in the message.
 inline void check_arguments(at::IntArrayRef table, const at::Tensor& rows,
-                            const std::optional<at::Tensor>& row_scales,
-                            const at::Tensor& message) {
-  check_segments(table, rows, message, kMinBits, kMaxBits, row_scales ? 0 : 4);
+                            const std::optional<at::Tensor>& row_scales, const at::Tensor& message,
+                            SegmentForm form = {}) {
+  check_segments(table, rows, message, kMinBits, form.max_bits, row_scales ? 0 : form.scale_bytes);
   if (row_scales) check_row_scales(*row_scales, rows);
+}
+
+inline void check_32_bits(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(0 <= value && value <= UINT32_MAX, name, " must be 0 to 2^32 - 1, not ", value);
+}
+
+// `senders`: the number of a segment's first row and a key, for every segment.
+inline void check_senders(at::IntArrayRef table, at::IntArrayRef senders) {
+  TORCH_CHECK_VALUE(senders.size() % 2 == 0 && senders.size() / 2 == table.size() / kSegmentFields,
+                    "senders must hold 2 integers per segment, not ", senders.size(), " in all");
+  for (size_t i = 0; i < senders.size() / 2; ++i) {
+    const int64_t first_row = senders[2 * i], num_rows = table[i * kSegmentFields + 1];
+    TORCH_CHECK_VALUE(0 <= first_row && first_row <= (int64_t{1} << 32) - num_rows, "segment ", i,
+                      ": a sender's rows must be 0 to 2^32 - 1, not ", num_rows, " from ",
+                      first_row);
+  }
 }
 
 }  // namespace moe_comp

@@ -8,6 +8,7 @@ A value is refused here and not by argparse, whose messages do not say what to d
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from megatron_moe_comp.codec_options import DEFAULT_BITS, CodecOptions, Coding
 from megatron_moe_comp.lsh_options import LshOptions, flag, require_choice
 from megatron_moe_comp.model_rules import DEDUP_RULES, LSH_RULES, MODEL_RULES
 
@@ -16,34 +17,8 @@ Wire = Literal["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
 
 WIRES: tuple[Wire, ...] = get_args(Wire)
 
-CodecName = Literal[
-    "identity",
-    "rq",
-    "lq",
-    "pwlq",
-    "shapeshifter",
-    "terngrad",
-    "topk",
-    "bf16",
-    "fp16",
-    "int8",
-    "fp8",
-    "mxfp8",
-]
-Method = Literal["none", "auto", "birdmoe", "lsh", CodecName]
-BitPolicy = Literal["uniform", "proportional", "optimal"]
 ScalePer = Literal["row", "chunk"]
 Scope = Literal["remote", "inter-node"]
-
-DEFAULT_BITS = 6
-BITS_RANGE = {
-    "rq": (2, 8),
-    "lq": (2, 8),
-    "pwlq": (3, 8),
-    "shapeshifter": (2, 8),
-    "topk": (2, 8),
-}
-"""Fewest and most bits per value of the codecs whose width can be chosen."""
 
 AUTO_MIN_BITS = 5
 """Fewest bits per value that auto chooses by itself: fewer have a cost in quality."""
@@ -53,35 +28,8 @@ COLUMN_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class CompressionConfig(LshOptions):
+class CompressionConfig(CodecOptions, LshOptions):
     """Options of the compressed expert all-to-all and of clustering."""
-
-    moe_a2a_compress: Method = "none"
-    """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
-    other options. auto: none, or birdmoe with 8 to 5 bits, whichever a short measurement at the
-    start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random
-    quantization with load-aware bits (BirdMoE, DAC 2025). lsh: similar rows are sent as one
-    centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other name: that codec alone, rq being
-    birdmoe's and identity sending rows unchanged."""
-
-    moe_a2a_codec: CodecName | None = None
-    """What encodes the centroids of lsh (default: identity, unchanged)."""
-
-    moe_a2a_bits: int | None = None
-    """Bits per value on the wire, sign included: 2 to 8 (pwlq: 3 to 8; default: 6). With a bit
-    policy other than uniform, the average. Methods of a fixed width take none."""
-
-    moe_a2a_bit_policy: BitPolicy | None = None
-    """How many bits the rows between two ranks get. uniform: all the same. proportional: inversely
-    to the load of the receiver. optimal: the least quantization error for which no rank sends or
-    receives more than its share (default: optimal for birdmoe, uniform for others)."""
-
-    moe_a2a_min_bits: int | None = None
-    """Fewest bits that a bit policy may give (default: half of --moe-a2a-bits, or the method's
-    fewest). The rows with the fewest bits make most of the error."""
-
-    moe_a2a_max_bits: int | None = None
-    """Most bits that a bit policy may give (default: 8)."""
 
     moe_a2a_scale_per: ScalePer = "row"
     """What shares one quantization scale of birdmoe and rq: row, every row its own (4 bytes per
@@ -118,14 +66,10 @@ class CompressionConfig(LshOptions):
     def __post_init__(self) -> None:
         """Raise ValueError where an option has a value that no run could use."""
         for name, choices in (
-            ("moe_a2a_compress", get_args(Method)),
             ("moe_a2a_scale_per", get_args(ScalePer)),
             ("moe_a2a_scope", get_args(Scope)),
         ):
             require_choice(name, getattr(self, name), choices)
-        for name, kind in (("moe_a2a_bit_policy", BitPolicy), ("moe_a2a_codec", CodecName)):
-            if getattr(self, name) is not None:
-                require_choice(name, getattr(self, name), get_args(kind))
         wires = tuple(name for item in self.moe_a2a_wires for name in item.split(",") if name)
         for name in wires:
             require_choice("moe_a2a_wires", name, WIRES)
@@ -140,79 +84,29 @@ class CompressionConfig(LshOptions):
                 raise ValueError(
                     f"{flag(name)}={value}: out of range. Use a value from {low} to {high}."
                 )
+        self._check_codecs()
         self._check_lsh(self.moe_a2a_compress)
         if self.moe_a2a_compress == "auto":
             self.resolved(self.moe_a2a_bits or DEFAULT_BITS)
         elif self.enabled:
-            self._resolve_bits()
             self._check_method()
-
-    def _resolve_bits(self) -> None:
-        """Fills in the bits and the policy that were not given, and refuses unusable ones."""
-        method = self._chosen_by
-        if self.codec not in BITS_RANGE:
-            for name in ("bits", "bit_policy", "min_bits", "max_bits"):
-                value = getattr(self, f"moe_a2a_{name}")
-                if value not in (None, "uniform"):
-                    raise ValueError(
-                        f"{flag(f'moe_a2a_{name}')}={value}: {method} has a fixed width. Drop the "
-                        f"option, or use a method of variable width: {', '.join(BITS_RANGE)}."
-                    )
-            object.__setattr__(self, "moe_a2a_bit_policy", "uniform")
-            return
-        method_policy = "optimal" if self.moe_a2a_compress == "birdmoe" else "uniform"
-        policy = self.moe_a2a_bit_policy or method_policy
-        object.__setattr__(self, "moe_a2a_bit_policy", policy)
-        fewest, most = BITS_RANGE[self.codec]
-        if self.moe_a2a_bits is None:
-            object.__setattr__(self, "moe_a2a_bits", DEFAULT_BITS)
-        for name in ("moe_a2a_bits", "moe_a2a_min_bits", "moe_a2a_max_bits"):
-            given = getattr(self, name)
-            if given is not None and not fewest <= given <= most:
-                raise ValueError(
-                    f"{flag(name)}={given}: a code of {method} has {fewest} to {most} bits, sign "
-                    f"included. Use {fewest} to {most}, or --moe-a2a-compress=none to send rows "
-                    "uncompressed."
-                )
-        defaults = (max(fewest, self.moe_a2a_bits // 2), most)
-        for name, default in zip(("moe_a2a_min_bits", "moe_a2a_max_bits"), defaults, strict=True):
-            given = getattr(self, name)
-            if given is not None and policy == "uniform":
-                raise ValueError(
-                    f"{flag(name)}={given}: with the uniform policy every row has --moe-a2a-bits. "
-                    "Drop the option, or use --moe-a2a-bit-policy=optimal or proportional."
-                )
-            if given is None and policy != "uniform":
-                object.__setattr__(self, name, default)
-        if policy == "uniform":
-            return
-        low, bits, high = self.moe_a2a_min_bits, self.moe_a2a_bits, self.moe_a2a_max_bits
-        if not low <= bits <= high:
-            raise ValueError(
-                f"--moe-a2a-bits={bits}: the average must lie between --moe-a2a-min-bits={low} and "
-                f"--moe-a2a-max-bits={high}. Use {low} to {high}, or widen the limits."
-            )
 
     def _check_method(self) -> None:
         """Refuses options that the chosen method does not have."""
-        method = self._chosen_by
-        if self.moe_a2a_codec is not None and self.moe_a2a_compress != "lsh":
-            raise ValueError(
-                f"--moe-a2a-codec={self.moe_a2a_codec}: {method} names its codec itself. Drop the "
-                "option, or use --moe-a2a-compress=lsh."
-            )
+        method, codecs = self.chosen_by, {self.forward.codec, self.backward.codec}
         if self.moe_a2a_dedup and self.moe_a2a_compress == "lsh":
             raise ValueError(
                 f"--moe-a2a-dedup: {method} sends the centroids of each expert's rows, so no two "
                 "experts share a row. Drop the option, or use another method."
             )
         per_chunk = self.moe_a2a_scale_per == "chunk"
-        if per_chunk and self.codec != "rq":
+        if per_chunk and codecs != {"rq"}:
+            other = next(name for name in sorted(codecs) if name != "rq")
             raise ValueError(
-                f"--moe-a2a-scale-per=chunk: {method} does not choose what shares a scale. Drop "
-                "the option, or use --moe-a2a-compress=birdmoe or rq."
+                f"--moe-a2a-scale-per=chunk: {method}, which encodes with {other}, does not choose "
+                "what shares a scale. Drop the option, or use --moe-a2a-compress=birdmoe or rq."
             )
-        if self.moe_a2a_chunks > 1 and (per_chunk or self.codec == "lq"):
+        if self.moe_a2a_chunks > 1 and (per_chunk or "lq" in codecs):
             cause = "--moe-a2a-scale-per=chunk" if per_chunk else method
             remedy = "--moe-a2a-scale-per=row" if per_chunk else "another method"
             raise ValueError(
@@ -231,10 +125,9 @@ class CompressionConfig(LshOptions):
                 "within a node, too. Drop the option, or use --moe-a2a-scope=inter-node."
             )
 
-    @property
-    def enabled(self) -> bool:
-        """Whether a method other than none was chosen."""
-        return self.moe_a2a_compress != "none"
+    def coding(self, wire: Wire) -> Coding:
+        """Returns what encodes on a wire, if it is one of `moe_a2a_wires`."""
+        return self.backward if wire.endswith("bwd") else self.forward
 
     def resolved(self, bits: int | None) -> "CompressionConfig":
         """Returns what auto stands for if it chooses birdmoe with these bits, or none (None).
@@ -254,21 +147,6 @@ class CompressionConfig(LshOptions):
             moe_a2a_bit_policy=policy,
             moe_a2a_min_bits=fewest,
         )
-
-    @property
-    def codec(self) -> CodecName:
-        """The name of what encodes rows on the compressed wires."""
-        if self.moe_a2a_compress == "lsh":
-            return self.moe_a2a_codec or "identity"
-        of_method = {"birdmoe": "rq", "auto": "rq", "none": "identity"}
-        return of_method.get(self.moe_a2a_compress, self.moe_a2a_compress)
-
-    @property
-    def _chosen_by(self) -> str:
-        """The option that chose the codec."""
-        if self.moe_a2a_compress == "lsh":
-            return f"--moe-a2a-compress=lsh with --moe-a2a-codec={self.codec}"
-        return f"--moe-a2a-compress={self.moe_a2a_compress}"
 
     @property
     def inter_node_option(self) -> str | None:

@@ -5,8 +5,15 @@ from typing import get_args
 
 import pytest
 
+from megatron_moe_comp.codec_options import (
+    BIRDMOE_CODECS,
+    BITS_RANGE,
+    CodecName,
+    Coding,
+    Method,
+)
 from megatron_moe_comp.compression.codecs import CODECS
-from megatron_moe_comp.config import BITS_RANGE, WIRES, CodecName, CompressionConfig, Method
+from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.lsh_options import LshOptions
 
 MODEL = {
@@ -37,6 +44,7 @@ def model(**changes):
         ({"moe_a2a_compress": "rq", "moe_a2a_max_bits": 7}, ("--moe-a2a-max-bits=7", "uniform")),
         ({"moe_a2a_compress": "auto", "moe_a2a_bits": 9}, ("--moe-a2a-bits=9", "2 to 8")),
         ({"moe_a2a_compress": "auto", "moe_a2a_codec": "rq"}, ("--moe-a2a-codec=rq", "lsh")),
+        ({"moe_a2a_compress": "auto", "moe_a2a_backward_bits": 4}, ("backward-bits=4", "birdmoe")),
         ({"moe_a2a_compress": "auto", "moe_lsh_refine": 2}, ("--moe-lsh-refine=2", "=auto")),
         ({"moe_a2a_compress": "auto", "moe_a2a_min_bits": 5}, ("--moe-a2a-min-bits=5", "uniform")),
         ({"moe_a2a_scope": "node"}, ("--moe-a2a-scope=node", "inter-node")),
@@ -63,19 +71,20 @@ def test_a_bad_value_is_refused_with_option_requirement_and_remedy(changes, part
 @pytest.mark.parametrize(
     ("method", "bits", "policy", "limits"),
     [
-        ("none", None, None, (None, None)),
-        ("auto", None, None, (None, None)),
+        ("none", None, None, (0, 0)),
+        ("auto", None, None, (0, 0)),
         ("birdmoe", 6, "optimal", (3, 8)),
-        ("rq", 6, "uniform", (None, None)),
-        ("pwlq", 6, "uniform", (None, None)),
-        ("mxfp8", None, "uniform", (None, None)),
+        ("rq", 6, "uniform", (6, 6)),
+        ("pwlq", 6, "uniform", (6, 6)),
+        ("gaussian", 4, "uniform", (4, 4)),
+        ("mxfp8", None, "uniform", (0, 0)),
     ],
 )
 def test_what_is_not_given_follows_the_method(method, bits, policy, limits):
     config = CompressionConfig(moe_a2a_compress=method)
     assert config.moe_a2a_bits == bits
     assert config.moe_a2a_bit_policy == policy
-    assert (config.moe_a2a_min_bits, config.moe_a2a_max_bits) == limits
+    assert config.forward[1:] == config.backward[1:] == (bits or 0, *limits)
     assert replace(config, moe_a2a_seed=1) == CompressionConfig(
         moe_a2a_compress=method, moe_a2a_seed=1
     )
@@ -89,7 +98,7 @@ def test_a_policy_gives_at_least_half_the_bits(method, bits, fewest):
     config = CompressionConfig(
         moe_a2a_compress=method, moe_a2a_bits=bits, moe_a2a_bit_policy="optimal"
     )
-    assert config.moe_a2a_min_bits == fewest
+    assert config.forward.min_bits == fewest
 
 
 def test_none_ignores_the_options_of_other_methods():
@@ -101,7 +110,7 @@ def test_what_auto_may_become():
     assert auto.enabled  # so that what birdmoe cannot work with is refused
     assert auto.resolved(None) == replace(auto, moe_a2a_compress="none")
     found = auto.resolved(7)
-    assert (found.moe_a2a_compress, found.moe_a2a_bits, found.codec) == ("birdmoe", 7, "rq")
+    assert (found.moe_a2a_compress, found.forward.bits, found.forward.codec) == ("birdmoe", 7, "rq")
     assert (found.moe_a2a_bit_policy, found.moe_a2a_chunks, found.moe_a2a_dedup) == (
         "uniform",
         4,
@@ -133,7 +142,113 @@ def test_every_method_is_a_codec_or_has_one():
     ],
 )
 def test_what_encodes(options, codec):
-    assert CompressionConfig(**options).codec == codec
+    config = CompressionConfig(**options)
+    assert config.forward.codec == config.backward.codec == codec
+
+
+def directions(**options):
+    config = CompressionConfig(**options)
+    assert replace(config) == config
+    assert [config.coding(wire) for wire in WIRES] == [config.forward] * 2 + [config.backward] * 2
+    return config.forward, config.backward
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({"compress": "birdmoe", "codec": "gaussian"}, ("gaussian", 4, 2, 4), None),
+        (
+            {"compress": "birdmoe", "bits": 3, "codec": "gaussian", "backward_codec": "dithered"},
+            ("gaussian", 3, 2, 4),
+            ("dithered", 3, 2, 8),
+        ),
+        (
+            {"compress": "birdmoe", "bits": 3, "backward_bits": 5, "backward_codec": "lq"},
+            ("rq", 3, 2, 8),
+            ("lq", 5, 2, 8),
+        ),
+        (
+            {"compress": "dithered", "backward_bits": 8},
+            ("dithered", 6, 6, 6),
+            ("dithered",) + (8,) * 3,
+        ),
+        (
+            {"compress": "lsh", "codec": "gaussian", "bits": 2, "backward_codec": "rq"},
+            ("gaussian", 2, 2, 2),
+            ("rq", 2, 2, 2),
+        ),
+        (
+            {"compress": "birdmoe", "backward_bits": 4, "min_bits": 3, "max_bits": 7},
+            ("rq", 6, 3, 7),
+            ("rq", 4, 3, 7),
+        ),
+    ],
+)
+def test_directions_have_codecs_and_bits(options, forward, backward):
+    options = {f"moe_a2a_{name}": value for name, value in options.items()}
+    assert directions(**options) == (Coding(*forward), Coding(*(backward or forward)))
+
+
+def test_birdmoe_encodes_as_its_table_says_unless_told_otherwise(monkeypatch):
+    monkeypatch.setitem(BIRDMOE_CODECS, 3, ("gaussian", "dithered"))
+
+    def codecs(**options):
+        return [coding.codec for coding in directions(moe_a2a_compress="birdmoe", **options)]
+
+    assert codecs() == ["rq", "rq"]
+    assert codecs(moe_a2a_bits=3) == ["gaussian", "dithered"]
+    assert codecs(moe_a2a_bits=3, moe_a2a_codec="rq") == ["rq", "rq"]
+    assert codecs(moe_a2a_bits=3, moe_a2a_backward_codec="rq") == ["gaussian", "rq"]
+    assert codecs(moe_a2a_bits=3, moe_a2a_backward_bits=5) == ["gaussian", "rq"]
+    assert codecs(moe_a2a_bits=5, moe_a2a_backward_bits=3) == ["rq", "dithered"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"compress": "gaussian", "bits": 6}, ("--moe-a2a-bits=6", "gaussian has 2 to 4", "Use 2")),
+        ({"compress": "rq", "backward_bits": 9}, ("--moe-a2a-backward-bits=9", "2 to 8")),
+        (
+            {"compress": "rq", "backward_codec": "gaussian"},
+            (
+                "--moe-a2a-bits=6",
+                "--moe-a2a-backward-codec=gaussian",
+                "set --moe-a2a-backward-bits",
+            ),
+        ),
+        (
+            {"compress": "rq", "backward_codec": "gaussian", "backward_bits": 5},
+            ("--moe-a2a-backward-bits=5", "--moe-a2a-backward-codec=gaussian", "Use 2 to 4"),
+        ),
+        (
+            {"compress": "rq", "backward_codec": "fp8"},
+            ("backward-codec=fp8", "fixed", "Use one of"),
+        ),
+        ({"compress": "rq", "backward_codec": "no"}, ("backward-codec=no", "identity, rq")),
+        ({"compress": "fp8", "backward_codec": "rq"}, ("backward-codec=rq", "fp8 has a fixed")),
+        ({"compress": "lsh", "backward_bits": 4}, ("--moe-a2a-backward-bits=4", "identity has a")),
+        (
+            {"compress": "birdmoe", "backward_bits": 3, "min_bits": 4},
+            ("--moe-a2a-backward-bits=3", "--moe-a2a-min-bits=4"),
+        ),
+        (
+            {"compress": "birdmoe", "codec": "gaussian", "max_bits": 8},
+            ("--moe-a2a-max-bits=8", "birdmoe with --moe-a2a-codec=gaussian", "2 to 4"),
+        ),
+        (
+            {"compress": "rq", "backward_codec": "dithered", "scale_per": "chunk"},
+            ("--moe-a2a-scale-per=chunk", "encodes with dithered", "Drop"),
+        ),
+        (
+            {"compress": "rq", "backward_codec": "lq", "chunks": 2},
+            ("--moe-a2a-chunks=2", "another"),
+        ),
+    ],
+)
+def test_what_a_direction_cannot_have_is_refused(options, parts):
+    with pytest.raises(ValueError, match=r"Use |use |Drop |Choose ") as caught:
+        CompressionConfig(**{f"moe_a2a_{name}": value for name, value in options.items()})
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 @pytest.mark.parametrize(
@@ -270,7 +385,7 @@ def test_codecs_of_lsh_resolve_their_bits():
     config = lsh(moe_a2a_codec="rq")
     assert (config.moe_a2a_bits, config.moe_a2a_bit_policy) == (6, "uniform")
     config = lsh(moe_a2a_codec="rq", moe_a2a_bit_policy="optimal", moe_a2a_bits=4)
-    assert (config.moe_a2a_min_bits, config.moe_a2a_max_bits) == (2, 8)
+    assert config.forward == Coding("rq", 4, 2, 8)
     assert (lsh().moe_a2a_bits, lsh().moe_a2a_bit_policy) == (None, "uniform")
 
 
@@ -301,10 +416,12 @@ def test_options_of_lsh_are_refused_with_other_methods(name):
     assert getattr(lsh(**{"moe_lsh_target_rate": 0.5} | option), name) == option[name]
 
 
-@pytest.mark.parametrize("method", ["birdmoe", "rq", "identity"])
-def test_only_lsh_chooses_its_codec(method):
+@pytest.mark.parametrize("method", ["rq", "identity"])
+def test_only_lsh_and_birdmoe_choose_their_codec(method):
     with pytest.raises(ValueError, match=r"--moe-a2a-codec=fp8: .* use --moe-a2a-compress=lsh"):
         CompressionConfig(moe_a2a_compress=method, moe_a2a_codec="fp8")
+    with pytest.raises(ValueError, match=r"--moe-a2a-codec=fp8: has a fixed width.* Use one of"):
+        CompressionConfig(moe_a2a_compress="birdmoe", moe_a2a_codec="fp8")
     CompressionConfig(moe_a2a_compress="none", moe_a2a_codec="fp8")
 
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "isa.h"
+#include "packing.h"
 #include "segments.h"
 
 namespace moe_comp {
@@ -39,13 +40,9 @@ void quantize_pack_rows(const T* rows, const float* row_scales, uint8_t* message
       kernels.encode[num_bits](values, hidden, static_cast<uint32_t>(row),
                                inverse_of(scale, num_bits), random, packed);
     } else {
-      pack_zeros(hidden, num_bits, packed);
+      pack_row_of(levels(num_bits), hidden, num_bits, packed);
     }
   });
-}
-
-void check_32_bits(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(0 <= value && value <= UINT32_MAX, name, " must be 0 to 2^32 - 1, not ", value);
 }
 
 void quantize_pack(const at::Tensor& rows, const std::optional<at::Tensor>& row_scales,

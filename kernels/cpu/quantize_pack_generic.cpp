@@ -1,16 +1,11 @@
 // quantize_pack in portable C++, a group of eight columns at a time.
 #include <algorithm>
 
+#include "packing.h"
 #include "quantize_pack.h"
 
 namespace moe_comp {
 namespace {
-
-// Writes the lowest bits of a stream, the lowest byte first; returns where the next byte goes.
-uint8_t* put_bits(uint64_t bit_stream, int num_bits, uint8_t* packed) {
-  for (int i = 0; i < num_bits; i += 8) *packed++ = static_cast<uint8_t>(bit_stream >> i);
-  return packed;
-}
 
 template <typename T, int kBits>
 void encode(const T* values, int64_t hidden, uint32_t row, float inverse,
@@ -39,17 +34,6 @@ uint32_t absmax_bits(const T* values, int64_t hidden) {
 }
 
 }  // namespace
-
-void pack_zeros(int64_t hidden, int num_bits, uint8_t* packed) {
-  for (int64_t column = 0; column < hidden; column += 8) {
-    const int num_values = static_cast<int>(std::min<int64_t>(8, hidden - column));
-    uint64_t bit_stream = 0;
-    for (int i = 0; i < num_values; ++i) {
-      bit_stream |= static_cast<uint64_t>(levels(num_bits)) << (i * num_bits);
-    }
-    packed = put_bits(bit_stream, num_values * num_bits, packed);
-  }
-}
 
 template <typename T>
 const QuantizePack<T>& quantize_pack_generic() {

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "../segment_checks.h"
+
 namespace moe_comp {
 
 // Values that are worth another thread.
@@ -21,16 +23,17 @@ struct Segment {
   int num_bits;
   int64_t codes_offset;
   int64_t scales_offset;
+  size_t number;  // in the table
 };
 
 // Returns the segments with rows of an op's table.
 std::vector<Segment> segments_of(at::IntArrayRef table);
 
-// The same of quantize_pack and unpack_dequantize. Throws a ValueError that names the value and the
-// requirement unless all tensors have the right form and every segment lies inside of them.
+// The same. Throws a ValueError that names the value and the requirement unless all tensors have the
+// right form and every segment lies inside of them.
 std::vector<Segment> checked_segments(at::IntArrayRef table, const at::Tensor& rows,
                                       const std::optional<at::Tensor>& row_scales,
-                                      const at::Tensor& message);
+                                      const at::Tensor& message, SegmentForm form = {});
 
 // Calls `visit(segment, i)` for every row i of every segment. Rows are divided among the threads
 // without regard to segments, which may be very unequal.

@@ -2,38 +2,11 @@
 #include "isa.h"
 #if MMC_X86
 
-#include <immintrin.h>
-
-#include "lanes.h"
+#include "avx512.h"
 #include "unpack_dequantize.h"
-
-#define MMC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")))
-#define MMC_TARGET_INLINE MMC_TARGET __attribute__((always_inline)) inline
 
 namespace moe_comp {
 namespace {
-
-constexpr int kColumns = 64;
-
-constexpr __mmask64 first_bytes(int64_t num_bytes) {
-  return num_bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << num_bytes) - 1;
-}
-
-// The 64 codes in 8 * b bytes, a byte each.
-template <int kBits>
-MMC_TARGET_INLINE __m512i unpack(__m512i packed) {
-  if constexpr (kBits == 8) {
-    return packed;
-  } else {
-    // The b bytes of eight codes to a 64-bit lane; then the eight bits at every multiple of b.
-    static constexpr auto kSpread =
-        byte_index<64>([](int i) { return i % 8 < kBits ? i / 8 * kBits + i % 8 : 0; });
-    static constexpr auto kShift = byte_index<64>([](int i) { return i % 8 * kBits; });
-    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kSpread.of), packed);
-    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(kShift.of), lanes);
-    return _mm512_and_si512(codes, _mm512_set1_epi8((1 << kBits) - 1));
-  }
-}
 
 struct Levels {
   __m512i middle;  // the code of zero
@@ -61,13 +34,6 @@ MMC_TARGET_INLINE void store_columns(__m512i codes, const Levels& levels, __mmas
     }
     index = _mm512_add_epi8(index, _mm512_set1_epi8(16));
   }
-}
-
-// x plus what makes its upper half that of the nearest bfloat16, ties to even.
-MMC_TARGET_INLINE __m512i round_upper_half(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
 }
 
 // The arithmetic limits this one: stores that bypass the caches were measured to gain nothing.

@@ -1,6 +1,7 @@
 // unpack_dequantize in portable C++, a group of eight columns at a time.
 #include <algorithm>
 
+#include "packing.h"
 #include "unpack_dequantize.h"
 
 namespace moe_comp {
@@ -10,9 +11,8 @@ template <typename T, int kBits>
 void decode(const uint8_t* packed, int64_t hidden, float step, T* values, bool /*streaming*/) {
   for (int64_t column = 0; column < hidden; column += 8) {
     const int num_values = static_cast<int>(std::min<int64_t>(8, hidden - column));
-    const int num_bytes = static_cast<int>(packed_bytes(num_values, kBits));
-    uint64_t bit_stream = 0;
-    for (int i = 0; i < num_bytes; ++i) bit_stream |= static_cast<uint64_t>(*packed++) << (8 * i);
+    const uint64_t bit_stream = get_bits(packed, num_values * kBits);
+    packed += packed_bytes(num_values, kBits);
     for (int i = 0; i < num_values; ++i) {
       const auto code = static_cast<uint32_t>(bit_stream >> (i * kBits)) & ((1u << kBits) - 1);
       values[column + i] = from_float<T>(value_of(code, step, kBits));

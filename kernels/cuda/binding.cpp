@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "../cluster_checks.h"
+#include "../gaussian_math.cuh"
 #include "../hash_checks.h"
 #include "../segment_checks.h"
 #include "launchers.h"
@@ -20,8 +21,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Throws a ValueError that names the value and the requirement.
 void check(at::IntArrayRef table, const at::Tensor& rows, const OptionalTensor& row_scales,
-           const at::Tensor& message) {
-  check_arguments(table, rows, row_scales, message);
+           const at::Tensor& message, SegmentForm form = {}) {
+  check_arguments(table, rows, row_scales, message, form);
   TORCH_CHECK_VALUE(rows.is_cuda(), "rows must be on a CUDA device, not on ", rows.device());
   TORCH_CHECK_VALUE(rows.size(1) <= kMaxHidden, "rows must have at most ", kMaxHidden,
                     " columns, not ", rows.size(1));
@@ -58,7 +59,7 @@ OpCall call_of(const at::Tensor& rows, const OptionalTensor& row_scales, const a
 }
 
 uint32_t checked_word(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(0 <= value && value <= UINT32_MAX, name, " must be 0 to 2^32 - 1, not ", value);
+  check_32_bits(name, value);
   return static_cast<uint32_t>(value);
 }
 
@@ -74,19 +75,52 @@ void quantize_pack(const at::Tensor& rows, const OptionalTensor& row_scales,
   C10_CUDA_CHECK(moe_comp_quantize_pack(&call, &random, c10::cuda::getCurrentCUDAStream()));
 }
 
-void unpack_dequantize(const at::Tensor& message, const OptionalTensor& row_scales,
-                       const at::Tensor& rows, at::IntArrayRef table) {
-  check(table, rows, row_scales, message);
+// Calls `launch` with the arguments of an op that writes rows. Rows of a type without a kernel are
+// converted from float32.
+template <typename Launch>
+void write_rows(const at::Tensor& message, const OptionalTensor& row_scales, const at::Tensor& rows,
+                at::IntArrayRef table, const Launch& launch) {
   const c10::cuda::CUDAGuard guard(rows.device());
   const bool direct = has_kernel(rows);
   const at::Tensor target =
       direct ? rows : rows.new_empty(rows.sizes(), rows.options().dtype(at::kFloat));
   const OpCall call = call_of(target, row_scales, message, table);
-  C10_CUDA_CHECK(moe_comp_unpack_dequantize(&call, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch(&call, c10::cuda::getCurrentCUDAStream()));
   if (direct) return;
   for (size_t i = 0; i < table.size(); i += kSegmentFields) {
     rows.narrow(0, table[i], table[i + 1]).copy_(target.narrow(0, table[i], table[i + 1]));
   }
+}
+
+void unpack_dequantize(const at::Tensor& message, const OptionalTensor& row_scales,
+                       const at::Tensor& rows, at::IntArrayRef table) {
+  check(table, rows, row_scales, message);
+  write_rows(message, row_scales, rows, table, moe_comp_unpack_dequantize);
+}
+
+void unpack_dithered(const at::Tensor& message, const at::Tensor& rows, at::IntArrayRef table,
+                     at::IntArrayRef senders, int64_t offset, int64_t stream) {
+  check(table, rows, std::nullopt, message);
+  check_senders(table, senders);
+  const uint32_t words[] = {checked_word("offset", offset), checked_word("stream", stream)};
+  write_rows(message, std::nullopt, rows, table, [&](const OpCall* call, cudaStream_t queue) {
+    return moe_comp_unpack_dithered(call, senders.data(), words[0], words[1], queue);
+  });
+}
+
+constexpr SegmentForm kGaussianForm = {kMaxGaussianBits, kGaussianScaleBytes};
+
+void gaussian_pack(const at::Tensor& rows, const at::Tensor& message, at::IntArrayRef table) {
+  check(table, rows, std::nullopt, message, kGaussianForm);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor source = has_kernel(rows) ? rows : rows.to(at::kFloat);
+  const OpCall call = call_of(source, std::nullopt, message, table);
+  C10_CUDA_CHECK(moe_comp_gaussian_pack(&call, c10::cuda::getCurrentCUDAStream()));
+}
+
+void gaussian_unpack(const at::Tensor& message, const at::Tensor& rows, at::IntArrayRef table) {
+  check(table, rows, std::nullopt, message, kGaussianForm);
+  write_rows(message, std::nullopt, rows, table, moe_comp_gaussian_unpack);
 }
 
 // Enqueues `launch`; `rows` have the device and the type of `values`.
@@ -171,6 +205,9 @@ at::Tensor dense_hash(const at::Tensor& rows, const at::Tensor& directions, int6
 TORCH_LIBRARY_IMPL(megatron_moe_comp, CUDA, library) {
   library.impl("quantize_pack", moe_comp::quantize_pack);
   library.impl("unpack_dequantize", moe_comp::unpack_dequantize);
+  library.impl("unpack_dithered", moe_comp::unpack_dithered);
+  library.impl("gaussian_pack", moe_comp::gaussian_pack);
+  library.impl("gaussian_unpack", moe_comp::gaussian_unpack);
   library.impl("cluster_sum", moe_comp::cluster_sum);
   library.impl("cluster_broadcast", moe_comp::cluster_broadcast);
   library.impl("hadamard_hash", moe_comp::hadamard_hash);

@@ -70,6 +70,15 @@ cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
 // Enqueues the op on a stream and returns at once; reads call->message, writes call->rows.
 cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_t stream);
 
+// The same. `senders` holds two integers per segment, the number of its first row in the random
+// stream and the key, and is read before the call returns.
+cudaError_t moe_comp_unpack_dithered(const moe_comp::OpCall* call, const int64_t* senders,
+                                     uint32_t offset, uint32_t random_stream, cudaStream_t stream);
+
+// Enqueue the ops on a stream and return at once; scales are bfloat16.
+cudaError_t moe_comp_gaussian_pack(const moe_comp::OpCall* call, cudaStream_t stream);
+cudaError_t moe_comp_gaussian_unpack(const moe_comp::OpCall* call, cudaStream_t stream);
+
 // Enqueues the op on a stream and returns at once; reads call->rows, writes call->values.
 cudaError_t moe_comp_cluster_sum(const moe_comp::ClusterCall* call, cudaStream_t stream);
 

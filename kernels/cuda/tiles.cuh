@@ -26,13 +26,16 @@ struct Segment {
   uint32_t first_tile;  // tiles of the segments before this one
 };
 
-struct SegmentTable {
+template <int kCapacity>
+struct SegmentTableOf {
   int32_t num_segments;
   int32_t rows_per_tile;
   int32_t tiles_per_row;     // more than one only where rows_per_tile is one
   int32_t columns_per_tile;  // a multiple of kGroup
-  Segment segments[kMaxSegments];
+  Segment segments[kCapacity];
 };
+
+using SegmentTable = SegmentTableOf<kMaxSegments>;
 
 // Rows (or a part of one row) of one segment, whose codes lie one after the other in the message.
 struct Tile {
@@ -42,9 +45,13 @@ struct Tile {
   int num_rows;
   int num_bits;
   int first_column;
+  int segment;          // in the table of the launch
+  int64_t segment_row;  // rows of the segment before those of the tile
 };
 
-__device__ inline Tile find_tile(const SegmentTable& table, uint32_t index, int hidden) {
+template <int kCapacity>
+__device__ inline Tile find_tile(const SegmentTableOf<kCapacity>& table, uint32_t index,
+                                 int hidden) {
   // The last segment that does not begin behind the tile.
   int low = 0, high = table.num_segments - 1;
   while (low < high) {
@@ -64,6 +71,8 @@ __device__ inline Tile find_tile(const SegmentTable& table, uint32_t index, int 
   tile.num_rows = left < table.rows_per_tile ? static_cast<int>(left) : table.rows_per_tile;
   tile.first_column = static_cast<int>(local % table.tiles_per_row) * table.columns_per_tile;
   tile.first_row = segment.first_row + row;
+  tile.segment = low;
+  tile.segment_row = row;
   tile.codes_offset = segment.codes_offset + row * packed_bytes(hidden, tile.num_bits) +
                       packed_bytes(tile.first_column, tile.num_bits);
   tile.scales_offset = segment.scales_offset + row * static_cast<int64_t>(sizeof(float));
@@ -77,17 +86,23 @@ inline int rows_per_tile(int64_t hidden, int num_values, int teams) {
   return static_cast<int>(rows > teams ? rows - rows % teams : rows);
 }
 
+struct NothingMore {
+  void operator()(int64_t /*number*/, int32_t /*place*/) const {}
+};
+
 // Launches a kernel for all segments, as often as its params.table gets full. Segments without rows
-// are left out.
-template <typename Params>
+// are left out. `set(number, place)` is called for each one of the call and its place in the table.
+template <typename Params, typename Set = NothingMore>
 cudaError_t launch_tiles(void (*kernel)(Params), Params& params, const OpCall& call,
-                         cudaStream_t stream) {
-  SegmentTable& table = params.table;
+                         cudaStream_t stream, const Set& set = {}) {
+  auto& table = params.table;
+  constexpr int kCapacity = sizeof table.segments / sizeof(Segment);
   int64_t tiles = 0;
   table.num_segments = 0;
   for (int64_t i = 0; i < call.num_segments; ++i) {
     const int64_t* fields = call.segments + i * kSegmentFields;
     if (fields[1] > 0) {
+      set(i, table.num_segments);
       Segment& segment = table.segments[table.num_segments++];
       segment.first_row = fields[0];
       segment.num_rows = fields[1];
@@ -97,7 +112,7 @@ cudaError_t launch_tiles(void (*kernel)(Params), Params& params, const OpCall& c
       segment.first_tile = static_cast<uint32_t>(tiles);
       tiles += (fields[1] + table.rows_per_tile - 1) / table.rows_per_tile * table.tiles_per_row;
     }
-    if (table.num_segments == kMaxSegments || (i == call.num_segments - 1 && tiles > 0)) {
+    if (table.num_segments == kCapacity || (i == call.num_segments - 1 && tiles > 0)) {
       if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
       cudaLaunchConfig_t config = {};
       config.gridDim = dim3(static_cast<uint32_t>(tiles));

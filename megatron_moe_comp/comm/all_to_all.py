@@ -6,12 +6,13 @@ received, H columns.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.identity import Identity
@@ -33,35 +34,6 @@ class Message:
     """Pieces that are encoded, sent and decoded one after the other, overlapping."""
     measure_error: bool = False
     """Whether the sender decodes its own message to add its error to the statistics."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """What one rank sends to, or receives from, each rank of its group."""
-
-    rows: tuple[int, ...]
-    bits: tuple[int, ...]
-    """Bits per value of the rows of each rank."""
-    pairs: tuple[int, ...]
-    """(token, expert) pairs that the rows stand for: as many as rows, unless rows are shared."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """Who exchanges how many rows with whom, seen from one rank of a group."""
-
-    group: dist.ProcessGroup
-    rank: int
-    """This process's rank in the group."""
-    sent: Direction
-    received: Direction
-    """Its own entries equal those of `sent`."""
-    plain: tuple[bool, ...]
-    """Ranks that rows are exchanged with uncompressed, whatever the codec; this one always."""
-
-    def reversed(self) -> "Route":
-        """Returns the way back."""
-        return replace(self, sent=self.received, received=self.sent)
 
 
 def global_rank() -> int:
@@ -120,7 +92,7 @@ def compressed_all_to_all(
     rows: torch.Tensor,
     probs: torch.Tensor | None,
     masks: torch.Tensor | None,
-    route: Route,
+    routes: tuple[Route, Route],
     messages: tuple[Message, Message],
     stats: CommStats,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -131,22 +103,23 @@ def compressed_all_to_all(
     the second message; for the codec it is the straight-through gradient of an unbiased estimate.
 
     Args:
-        rows: [N, H], grouped by destination as `route` says.
+        rows: [N, H], grouped by destination as the routes say.
         probs: [pairs], sent unchanged in their own dtype, or None.
         masks: uint8 [N, bytes], sent unchanged and without a gradient, or None.
-        route: what each rank sends and receives.
+        routes: what each rank sends and receives, with the bits of the forward wire and with those
+            of the backward wire; both in the forward direction.
         messages: encoding of the forward and of the backward wire.
         stats: counts both.
     """
-    return _CompressedAllToAll.apply(rows, probs, masks, route, messages, stats)
+    return _CompressedAllToAll.apply(rows, probs, masks, routes, messages, stats)
 
 
 class _CompressedAllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, probs, masks, route, messages, stats):  # noqa: ANN001, ANN205
-        ctx.route, ctx.message, ctx.stats = route, messages[1], stats
+    def forward(ctx, rows, probs, masks, routes, messages, stats):  # noqa: ANN001, ANN205
+        ctx.route, ctx.message, ctx.stats = routes[1], messages[1], stats
         ctx.has_probs = probs is not None
-        arrived = send(rows, probs, masks, route, messages[0], stats)
+        arrived = send(rows, probs, masks, routes[0], messages[0], stats)
         if masks is not None:
             ctx.mark_non_differentiable(arrived[2])
         return arrived
@@ -183,9 +156,7 @@ def send(
     ]
     rows = rows.contiguous()
     arrived_rows = _arrivals(rows, route)
-    to_send, to_receive = (
-        _peers(direction, route.plain, message.codec) for direction in (route.sent, route.received)
-    )
+    to_send, to_receive = _peers_to_send(route, message), _peers_to_receive(route, message)
     wire_bytes = 0
     under_way: list[tuple[Packet, Sequence[_Beside], torch.Tensor, dist.Work]] = []
     for piece in range(message.num_pieces):
@@ -208,8 +179,8 @@ def send(
             )
         under_way.append((receiving, with_piece, received, work))
         if len(under_way) > 1:
-            _finish(*under_way.pop(0), arrived_rows, stats)
-    _finish(*under_way.pop(), arrived_rows, stats)
+            _finish(*under_way.pop(0), arrived_rows, message.random, stats)
+    _finish(*under_way.pop(), arrived_rows, message.random, stats)
     # Stock Megatron sends a probability with each dispatched row, whether this did or not.
     raw_columns = rows.shape[1] + message.wire.startswith("dispatch")
     _count(route, message, 4 * raw_columns, wire_bytes, stats)
@@ -241,13 +212,14 @@ def _finish(
     received: torch.Tensor,
     work: dist.Work,
     rows: torch.Tensor,
+    random: RandomStream,
     stats: CommStats,
 ) -> None:
     """Waits for one packet and decodes it."""
     with stats.phases.timed("transfer"):
         work.wait()
     with stats.phases.timed("decode"):
-        packet.decode(received, rows, [b.arriving for b in beside])
+        packet.decode(received, rows, [b.arriving for b in beside], random)
 
 
 class _Beside:
@@ -274,10 +246,28 @@ def _without_own(splits: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (*splits[:rank], 0, *splits[rank + 1 :])
 
 
-def _peers(direction: Direction, plain: tuple[bool, ...], codec: Codec) -> list[Peer]:
+def _peers_to_send(route: Route, message: Message) -> list[Peer]:
+    own = dist.get_global_rank(route.group, route.rank)
     return [
-        Peer(num_rows, num_bits, _IDENTITY if is_plain else codec)
-        for num_rows, num_bits, is_plain in zip(direction.rows, direction.bits, plain, strict=True)
+        Peer(num_rows, num_bits, _IDENTITY if plain else message.codec, own)
+        for num_rows, num_bits, plain in zip(
+            route.sent.rows, route.sent.bits, route.plain, strict=True
+        )
+    ]
+
+
+def _peers_to_receive(route: Route, message: Message) -> list[Peer]:
+    d = route.received
+    return [
+        Peer(num_rows, num_bits, _IDENTITY if plain else message.codec, sender, first_row)
+        for num_rows, num_bits, plain, sender, first_row in zip(
+            d.rows,
+            d.bits,
+            route.plain,
+            dist.get_process_group_ranks(route.group),
+            d.first_rows,
+            strict=True,
+        )
     ]
 
 
@@ -298,7 +288,7 @@ def _measure_error(
     for codec, segments in packet.segments:
         if isinstance(codec, Identity):
             continue
-        codec.decode(buffer, segments, decoded)
+        codec.decode(buffer, segments, decoded, message.random)
         places = [slice(s.first_row, s.first_row + s.num_rows) for s in segments]
         stats.add_error(
             message.wire,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_moe_comp.comm.all_to_all import Message, Route, send
+from megatron_moe_comp.comm.all_to_all import Message, send
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import CommStats
 
 Resize = Callable[..., torch.Tensor]

@@ -51,9 +51,20 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(
-        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+        self,
+        message: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        random: RandomStream,
     ) -> None:
-        """Writes the rows of some segments, as `encode` left them, into `rows` [N, H]."""
+        """Writes the rows of some segments, as `encode` left them.
+
+        Args:
+            message: uint8.
+            segments: where in the message, and where to write to.
+            rows: [N, H], any floating-point dtype, contiguous.
+            random: of the message; a segment's sender used `random.of_rank(segment.sender)`.
+        """
 
     @property
     def is_segment_wide(self) -> bool:
@@ -115,7 +126,11 @@ class TensorCodec(Codec):
                 first += segment.num_rows
 
     def decode(
-        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+        self,
+        message: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        random: RandomStream,
     ) -> None:
         """Decodes some rows at a time; see `_groups`."""
         hidden_size, dtype = rows.shape[1], rows.dtype
@@ -168,5 +183,9 @@ class TensorCodec(Codec):
                 offset + start * section.row_bytes
                 for section, offset in zip(sections, segment.offsets, strict=True)
             )
-            num_rows = min(block_rows, segment.num_rows - start)
-            yield Segment(segment.first_row + start, num_rows, segment.num_bits, tuple(offsets))
+            yield segment._replace(
+                first_row=segment.first_row + start,
+                num_rows=min(block_rows, segment.num_rows - start),
+                offsets=tuple(offsets),
+                sender_row=segment.sender_row + start,
+            )

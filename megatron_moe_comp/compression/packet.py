@@ -25,6 +25,10 @@ class Peer(NamedTuple):
     num_rows: int
     num_bits: int
     codec: Codec
+    sender: int = 0
+    """Global rank of the one of both that sends."""
+    sender_row: int | None = None
+    """Index of the first row among all that the sender sends; None: this rank sends."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Packet:
         # Hundreds of ranks share a few widths.
         sections: dict[tuple[Codec, int], tuple[Section, ...]] = {}
         sizes, ranges, first_row = [], [], 0
-        for rank, (num_rows, num_bits, codec) in enumerate(peers):
+        for rank, (num_rows, num_bits, codec, *_) in enumerate(peers):
             start, stop = num_rows * piece // num_pieces, num_rows * (piece + 1) // num_pieces
             count = 0 if rank == own else stop - start
             ranges.append((first_row + start, count))
@@ -82,12 +86,20 @@ class Packet:
             )
         layout = PayloadLayout(sizes)
         by_codec: dict[Codec, list[Segment]] = {}
-        for (_, num_bits, codec), (start, count), offsets in zip(
-            peers, ranges, layout.offsets, strict=True
-        ):
+        for peer, (start, count), offsets in zip(peers, ranges, layout.offsets, strict=True):
             if count:
-                segment = Segment(start, count, num_bits, tuple(offsets[len(exact) :]))
-                by_codec.setdefault(codec, []).append(segment)
+                sender_row = start
+                if peer.sender_row is not None:
+                    sender_row = peer.sender_row + peer.num_rows * piece // num_pieces
+                segment = Segment(
+                    start,
+                    count,
+                    peer.num_bits,
+                    tuple(offsets[len(exact) :]),
+                    peer.sender,
+                    sender_row,
+                )
+                by_codec.setdefault(peer.codec, []).append(segment)
         return Packet(
             layout,
             tuple(by_codec.items()),
@@ -118,11 +130,22 @@ class Packet:
         return message
 
     def decode(
-        self, message: torch.Tensor, rows: torch.Tensor, exact: Sequence[torch.Tensor]
+        self,
+        message: torch.Tensor,
+        rows: torch.Tensor,
+        exact: Sequence[torch.Tensor],
+        random: RandomStream,
     ) -> None:
-        """Writes what the packet holds into `rows` [M, H] and the contiguous tensors of `exact`."""
+        """Writes what the packet holds.
+
+        Args:
+            message: uint8 [sum(byte_splits)].
+            rows: [M, H], to write to.
+            exact: contiguous tensors to write to, one per Exact.
+            random: of the message, of any rank.
+        """
         for codec, segments in self.segments:
-            codec.decode(message, segments, rows)
+            codec.decode(message, segments, rows, random)
         for values, places in zip(exact, self.exact, strict=True):
             torch._foreach_copy_(
                 _in_turn(values.view(torch.uint8), places), _slices(message, places)

@@ -42,6 +42,10 @@ class Segment(NamedTuple):
     """Bits per value; a codec of fixed width does not use it."""
     offsets: tuple[int, ...]
     """First byte of each of the codec's sections."""
+    sender: int
+    """Global rank that sends the rows."""
+    sender_row: int
+    """Index of the first row among all that the sender encodes: its number in the random stream."""
 
 
 class PayloadLayout:

@@ -6,7 +6,7 @@ generator. So activation recomputation, a resumed run and every kernel repeat th
 two messages of one run share a random number.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class RandomStream:
     """32 bits: the iteration."""
     stream: int
     """32 bits: evaluation or training, layer, wire and the number of the pass."""
+
+    def of_rank(self, rank: int) -> "RandomStream":
+        """Returns the stream of the same wire and pass with which a global rank sends."""
+        return replace(self, key=rank << 32 | self.key % (1 << 32))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from megatron.training.checkpointing import (
     read_metadata,
 )
 
+from megatron_moe_comp.codec_options import CodecOptions
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.lsh_options import LshOptions, flag
@@ -66,8 +67,10 @@ class _FlagFactory(ArgumentGroupFactory):
 
 def add_compression_args(parser: ArgumentParser) -> ArgumentParser:
     """Returns `parser` with one flag per CompressionConfig field (an `extra_args_provider`)."""
-    of_lsh = [field.name for field in fields(LshOptions)]
-    factory = _FlagFactory(CompressionConfig, exclude=of_lsh)
+    bases = (CodecOptions, LshOptions)
+    of_bases = [field.name for base in bases for field in fields(base)]
+    _FlagFactory(CodecOptions).build_group(parser, title="compressed expert all-to-all: codecs")
+    factory = _FlagFactory(CompressionConfig, exclude=of_bases)
     factory.build_group(parser, title="compressed expert all-to-all")
     _FlagFactory(LshOptions).build_group(parser, title="clustering by locality-sensitive hashing")
     return parser

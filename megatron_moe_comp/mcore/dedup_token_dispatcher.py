@@ -83,7 +83,7 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         )
         self._masks = None
         row, expert = _unpack_bits(masks, self.num_local_experts).nonzero(as_tuple=True)
-        rows_from = torch.tensor(self._dispatched.route.received.rows, device=row.device)
+        rows_from = torch.tensor(self._dispatched.routes[0].received.rows, device=row.device)
         source = torch.arange(self.ep_size, device=row.device).repeat_interleave(
             rows_from, output_size=len(rows)
         )

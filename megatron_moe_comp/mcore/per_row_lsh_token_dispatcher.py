@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_comp.comm.all_to_all import Route
 from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.compression.lsh_clustering import Clusters
 from megatron_moe_comp.config import Wire
 from megatron_moe_comp.mcore.lsh_token_dispatcher import ClusteredRows, LshAlltoAllTokenDispatcher
@@ -53,7 +53,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
-        route, home = self._start_dispatch(), self._at_home
+        (route, _), home = self._start_dispatch(), self._at_home
         sizes = home.clusters.offsets.diff().to(torch.int32)
         # Only the values of the centroids are sent: the rows' gradients are those of the copies.
         rows, sizes = self._exchange_per_row(
@@ -79,7 +79,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
                 lambda rows, _: _copies(rows, sizes[:, None].view(torch.uint8)),
             ),
             None,
-            self._dispatched.route.reversed(),
+            self._dispatched.routes[0].reversed(),
             ("combine_fwd", "combine_bwd"),
         )
         self._dispatched = self._num_rows = None
@@ -99,7 +99,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
             self._count_load(wires[0], rows, links)
             if torch.is_grad_enabled():
                 self._count_load(wires[1], rows, per_row)
-        row_route = per_row.route(self)
+        _, row_route = per_row.routes(self)
         if wires[0] == "combine_fwd":
             row_route = row_route.reversed()
         messages = tuple(map(self._message, wires))

@@ -155,7 +155,8 @@ def _kernels(compression: CompressionConfig) -> str:
     if not compression.enabled:
         return "none"
     used = ["hadamard_hash", "cluster_sum"] if compression.moe_a2a_compress == "lsh" else []
-    used += CODECS[compression.codec].kernels
+    for codec in (compression.forward.codec, compression.backward.codec):
+        used += CODECS[codec].kernels
     if not used:
         return "PyTorch"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,6 +173,8 @@ def describe(compression: CompressionConfig) -> str:
         words.append(compression.moe_a2a_codec)
     if compression.moe_a2a_bits is not None:
         words.append(f"{compression.moe_a2a_bits} bit")
+        if compression.backward != compression.forward:
+            words.append(f"({compression.backward.codec} {compression.backward.bits} bit backward)")
         if compression.moe_a2a_bit_policy != "uniform":
             words.append(compression.moe_a2a_bit_policy)
     if compression.moe_a2a_scope != "remote":

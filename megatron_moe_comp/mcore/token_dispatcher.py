@@ -12,14 +12,14 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
+from megatron_moe_comp.codec_options import Coding
 from megatron_moe_comp.comm.all_to_all import (
-    Direction,
     Message,
-    Route,
     compressed_all_to_all,
     global_rank,
     nodes_of_ranks,
 )
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.compression.bit_allocation import allocate_bits, most_loaded
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of
@@ -30,7 +30,7 @@ from megatron_moe_comp.compression.random_stream import (
     RandomStream,
     TrainingStep,
 )
-from megatron_moe_comp.config import CompressionConfig, Wire
+from megatron_moe_comp.config import WIRES, CompressionConfig, Wire
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.ops.segments import MAX_BITS
 
@@ -45,25 +45,30 @@ class Links:
     rows: torch.Tensor
     pairs: torch.Tensor
     """(token, expert) pairs that the rows stand for."""
-    bits: torch.Tensor
+    bits: tuple[torch.Tensor, torch.Tensor]
+    """Bits per value on the forward wires, and on the backward wires."""
 
-    def route(self, dispatcher: "CompressedAlltoAllTokenDispatcher") -> Route:
-        """Returns the way from tokens to experts, as this rank sees it."""
-        rank, table = dispatcher.ep_rank, (self.rows, self.bits, self.pairs)
-        return Route(
-            dispatcher.ep_group,
-            rank,
-            Direction(*(tuple(matrix[rank].tolist()) for matrix in table)),
-            Direction(*(tuple(matrix[:, rank].tolist()) for matrix in table)),
-            tuple(dispatcher.plain_links[rank].tolist()),
+    def routes(self, dispatcher: "CompressedAlltoAllTokenDispatcher") -> tuple[Route, Route]:
+        """Returns the way from tokens to experts, as this rank sees it, with either bits."""
+        forward, backward = (
+            Route.of_rank(
+                dispatcher.ep_group,
+                dispatcher.ep_rank,
+                self.rows,
+                bits,
+                self.pairs,
+                dispatcher.plain_links,
+            )
+            for bits in self.bits
         )
+        return forward, backward
 
 
 @dataclass(frozen=True)
 class DispatchState:
     """What combine needs to know of the dispatch before it."""
 
-    route: Route
+    routes: tuple[Route, Route]
     links: Links
     forward_pass: ForwardPass
 
@@ -91,7 +96,7 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         super().__init__(*args, **kwargs)
         self._compression = compression
         self._step = step
-        self._codec: Codec = codec_of(compression)
+        self._codecs = {wire: codec_of(compression, wire) for wire in WIRES}
         self._passes = ForwardPassCounter()
         self._forward_pass: ForwardPass | None = None
         self._layer_number = 0
@@ -205,15 +210,20 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         return self._counts[:, : self.num_experts].reshape(ep, ep, num_local).sum(dim=2)
 
     def _with_bits(self, rows: torch.Tensor, pairs: torch.Tensor) -> Links:
-        config = self._compression
-        bits = allocate_bits(
+        forward, backward = self._compression.forward, self._compression.backward
+        forward_bits = self._allocated(rows, forward)
+        if backward[1:] == forward[1:]:
+            return Links(rows, pairs, (forward_bits, forward_bits))
+        return Links(rows, pairs, (forward_bits, self._allocated(rows, backward)))
+
+    def _allocated(self, rows: torch.Tensor, coding: Coding) -> torch.Tensor:
+        return allocate_bits(
             rows.masked_fill(self.plain_links, 0),
-            config.moe_a2a_bit_policy,
-            target_bits=config.moe_a2a_bits or 0,
-            min_bits=config.moe_a2a_min_bits or 0,
-            max_bits=config.moe_a2a_max_bits or 0,
+            self._compression.moe_a2a_bit_policy,
+            target_bits=coding.bits,
+            min_bits=coding.min_bits,
+            max_bits=coding.max_bits,
         )
-        return Links(rows, pairs, bits)
 
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
@@ -230,17 +240,17 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
     def _dispatch(
         self, rows: torch.Tensor, probs: torch.Tensor | None, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        route = self._start_dispatch()
-        return self._exchange(rows, probs, masks, route, ("dispatch_fwd", "dispatch_bwd"))
+        routes = self._start_dispatch()
+        return self._exchange(rows, probs, masks, routes, ("dispatch_fwd", "dispatch_bwd"))
 
-    def _start_dispatch(self) -> Route:
-        """Returns the way of this pass's rows, and keeps what combine needs to know of it."""
+    def _start_dispatch(self) -> tuple[Route, Route]:
+        """Returns the ways of this pass's rows, and keeps what combine needs to know of them."""
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
         links = self._links()
-        route = links.route(self)
-        self._dispatched = DispatchState(route, links, self._forward_pass)
+        routes = links.routes(self)
+        self._dispatched = DispatchState(routes, links, self._forward_pass)
         self._forward_pass = None
-        return route
+        return routes
 
     def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Returns the experts' outputs [N, H] for this rank's tokens.
@@ -249,7 +259,8 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         """
         if self.ep_size == 1:
             return hidden_states
-        back = self._dispatched.route.reversed()
+        forward, backward = self._dispatched.routes
+        back = forward.reversed(), backward.reversed()
         rows, *_ = self._exchange(hidden_states, None, None, back, ("combine_fwd", "combine_bwd"))
         self._dispatched = None
         return rows
@@ -259,21 +270,21 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         rows: torch.Tensor,
         probs: torch.Tensor | None,
         masks: torch.Tensor | None,
-        route: Route,
+        routes: tuple[Route, Route],
         wires: tuple[Wire, Wire],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if self._dispatched.forward_pass.index == 0 and self.stats.counting:
             for wire in wires if torch.is_grad_enabled() else wires[:1]:
                 self._count_load(wire, rows, self._dispatched.links)
         messages = tuple(map(self._message, wires))
-        return compressed_all_to_all(rows, probs, masks, route, messages, self.stats)
+        return compressed_all_to_all(rows, probs, masks, routes, messages, self.stats)
 
     def _message(self, wire: Wire) -> Message:
         config, forward_pass = self._compression, self._dispatched.forward_pass
         compressed = wire in config.moe_a2a_wires
         return Message(
             wire=wire,
-            codec=self._codec if compressed else Identity(),
+            codec=self._codecs[wire],
             random=self._stream(wire, forward_pass),
             num_pieces=config.moe_a2a_chunks,
             measure_error=compressed and self._is_sample(forward_pass),
@@ -295,8 +306,8 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
 
     def _count_load(self, wire: Wire, like: torch.Tensor, links: Links) -> None:
         """Counts the bytes of the rank that sends or receives most; the way back is the mirror."""
-        hidden_size = like.shape[1]
-        codec = self._codec if wire in self._compression.moe_a2a_wires else Identity()
+        hidden_size, codec = like.shape[1], self._codecs[wire]
+        bits, target_bits = links.bits[wire.endswith("bwd")], self._compression.coding(wire).bits
 
         def row_bytes(codec: Codec, num_bits: int) -> int:
             sections = codec.sections(hidden_size, like.dtype, num_bits)
@@ -312,6 +323,6 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         self.stats.add_load(
             wire,
             raw=most_loaded(links.pairs * 4 * hidden_size),
-            uniform=load(torch.full_like(links.bits, self._compression.moe_a2a_bits or 0)),
-            sent=load(links.bits),
+            uniform=load(torch.full_like(bits, target_bits)),
+            sent=load(bits),
         )

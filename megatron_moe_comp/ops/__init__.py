@@ -14,10 +14,12 @@ import torch
 from megatron_moe_comp.ops.allocate_bits import allocate_bits
 from megatron_moe_comp.ops.cast_pack import CAST_FORMATS, cast_pack, unpack_cast
 from megatron_moe_comp.ops.cluster_sum import cluster_broadcast, cluster_sum
+from megatron_moe_comp.ops.gaussian import gaussian_pack, gaussian_unpack
 from megatron_moe_comp.ops.lsh_hash import dense_hash, hadamard_hash
 from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize_pack
 from megatron_moe_comp.ops.segments import OpSegment, flatten
 from megatron_moe_comp.ops.unpack_dequantize import unpack_dequantize
+from megatron_moe_comp.ops.unpack_dithered import unpack_dithered
 
 __all__ = [
     "CAST_FORMATS",
@@ -29,12 +31,15 @@ __all__ = [
     "cluster_sum",
     "dense_hash",
     "flatten",
+    "gaussian_pack",
+    "gaussian_unpack",
     "hadamard_hash",
     "is_compiled",
     "packed_bytes",
     "quantize_pack",
     "unpack_cast",
     "unpack_dequantize",
+    "unpack_dithered",
 ]
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 
+from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.comm.all_to_all import nodes_of_ranks
 from megatron_moe_comp.comm.link_timing import (
     Group,
@@ -148,13 +149,14 @@ def _codec_seconds(
     )
     codec, others = CODECS[name](), layout.near_peers + layout.far_peers
     counts = [num_rows * i // others for i in range(others + 1)]
+    num_bits = min(CODEC_BITS, BITS_RANGE.get(name, (0, CODEC_BITS))[1])
     peers = [Peer(0, 0, codec)]
-    peers += [Peer(b - a, CODEC_BITS, codec) for a, b in pairwise(counts)]
+    peers += [Peer(b - a, num_bits, codec) for a, b in pairwise(counts)]
     packet = Packet.plan(peers, 0, rows)
     message = packet.encode(rows, (), RANDOM)
     return (
         best_seconds(lambda: packet.encode(rows, (), RANDOM), device, REPEATS),
-        best_seconds(lambda: packet.decode(message, rows, ()), device, REPEATS),
+        best_seconds(lambda: packet.decode(message, rows, (), RANDOM), device, REPEATS),
     )
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_moe_comp.codec_options import BITS_RANGE, Coding
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.packet import Exact, Packet, Peer
-from megatron_moe_comp.config import AUTO_MIN_BITS, BITS_RANGE, WIRES, CompressionConfig, Wire
+from megatron_moe_comp.config import AUTO_MIN_BITS, WIRES, CompressionConfig, Wire
 from megatron_moe_comp.lsh_options import DEFAULT_RATE
 from megatron_moe_comp.plan.cost_model import (
     Machine,
@@ -55,8 +56,10 @@ def stock_method(model: Model, layout: Layout) -> Method:
 def method_of(name: str, config: CompressionConfig, model: Model, layout: Layout) -> Method:
     """Returns the Method of a configuration, which is not `auto`."""
     traffic = tuple(_traffic(config, model, layout, stack) for stack in model.stacks)
-    lossy = (
-        config.moe_a2a_compress == "lsh" or (config.moe_a2a_bits or AUTO_MIN_BITS) < AUTO_MIN_BITS
+    codings = (config.forward, config.backward)
+    lossy = config.moe_a2a_compress == "lsh" or any(
+        0 < coding.bits < AUTO_MIN_BITS or coding.codec in ("terngrad", "topk")
+        for coding in codings
     )
     return Method(
         name,
@@ -64,7 +67,7 @@ def method_of(name: str, config: CompressionConfig, model: Model, layout: Layout
         traffic,
         chunks=config.moe_a2a_chunks if config.enabled else 1,
         expert_rows=_expert_rows(config, layout),
-        alters_training=lossy or config.codec in ("terngrad", "topk"),
+        alters_training=lossy,
     )
 
 
@@ -72,9 +75,9 @@ def flags_of(config: CompressionConfig) -> tuple[str, ...]:
     """Returns the flags that choose method, codec, bits and rate."""
     names = ["moe_a2a_compress"]
     if config.enabled:
-        names += ["moe_a2a_codec", "moe_a2a_bits"]
+        names += ["moe_a2a_codec", "moe_a2a_backward_codec", "moe_a2a_bits"]
     if config.enabled and config.moe_a2a_bits is not None:
-        names += ["moe_a2a_bit_policy", "moe_a2a_min_bits"]
+        names += ["moe_a2a_backward_bits", "moe_a2a_bit_policy", "moe_a2a_min_bits"]
     names += ["moe_lsh_target_rate"] if config.moe_a2a_compress == "lsh" else []
     values = {name: getattr(config, name) for name in names}
     return tuple(f"--{n.replace('_', '-')}={v}" for n, v in values.items() if v is not None)
@@ -125,25 +128,23 @@ def _wire(
         part = bits - math.floor(bits)
         return tuple(a + part * (b - a) for a, b in zip(low, high, strict=True))
 
-    bits = config.moe_a2a_bits or 0
-    near, far = load_of(layout.load, _bits_of_most_loaded(config, layout))
-    mean_bytes = sum(load_of(1.0, bits))
+    coding = config.coding(wire)
+    near, far = load_of(layout.load, _bits_of_most_loaded(coding, layout))
+    mean_bytes = sum(load_of(1.0, coding.bits))
     if not config.enabled:
         collectives = 2 if is_dispatch else 1
         return WireLoad(near, far, mean_bytes, collectives=collectives, **common)
     peers = layout.far_peers + (layout.near_peers if config.moe_a2a_scope == "remote" else 0)
     values = peers * rows * model.hidden_size
     loads = (1.0, layout.load) if is_dispatch == wire.endswith("fwd") else (layout.load, 1.0)
-    codec = config.codec if wire in config.moe_a2a_wires else "identity"
+    codec = coding.codec if wire in config.moe_a2a_wires else "identity"
     encoded, decoded = (values * load for load in loads)
     return WireLoad(near, far, mean_bytes, codec, encoded, decoded, **common)
 
 
 def _codecs(wire: Wire, config: CompressionConfig) -> tuple[Codec, Codec]:
     """Returns the codecs of rows within a node and between nodes."""
-    if not config.enabled or wire not in config.moe_a2a_wires:
-        return Identity(), Identity()
-    codec = codec_of(config)
+    codec = codec_of(config, wire) if config.enabled else Identity()
     return (codec if config.moe_a2a_scope == "remote" else Identity()), codec
 
 
@@ -160,12 +161,9 @@ def _message_bytes(
     return near * splits[1], far * splits[2]
 
 
-def _bits_of_most_loaded(config: CompressionConfig, layout: Layout) -> float:
+def _bits_of_most_loaded(coding: Coding, layout: Layout) -> float:
     """Returns the mean bits of the most loaded rank's rows: see compression/bit_allocation.py."""
-    bits = config.moe_a2a_bits or 0
-    if config.moe_a2a_bit_policy in (None, "uniform"):
-        return bits
-    return min(config.moe_a2a_max_bits, max(config.moe_a2a_min_bits, bits / layout.load))
+    return min(coding.max_bits, max(coding.min_bits, coding.bits / layout.load))
 
 
 def _rate(config: CompressionConfig) -> float:

@@ -32,7 +32,7 @@ def run(tmp_path, options):
 
 
 def test_every_codec_has_a_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "is_compiled", lambda device, op: True)
+    monkeypatch.setattr(ops, "is_compiled", lambda *_: True)
     rows = run(tmp_path, "--sizes 1 --hidden 64 --bits 3,4 --dtypes float32,bfloat16")
     assert {row["codec"] for row in rows} == set(bench_codec.CODECS) - {"identity"}
     assert {row["bits"] for row in rows if row["codec"] == "rq"} == {3, 4}
@@ -58,9 +58,15 @@ def test_the_reference_is_measured_when_asked_for(tmp_path, monkeypatch, codec, 
     assert called
 
 
-@pytest.mark.parametrize("codec", ["rq", "mxfp8"])
+@pytest.mark.parametrize("codec", ["dithered", "gaussian"])
+def test_every_reference_can_be_measured(tmp_path, codec):
+    (row,) = run(tmp_path, f"--sizes 1 --hidden 64 --codecs {codec} --impl reference")
+    assert row["impl"] == "reference"
+
+
+@pytest.mark.parametrize("codec", ["rq", "dithered", "gaussian", "mxfp8"])
 def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch, codec):
-    monkeypatch.setattr(ops, "is_compiled", lambda device, op: False)
+    monkeypatch.setattr(ops, "is_compiled", lambda *_: False)
     with pytest.raises(SystemExit, match=r"--impl=compiled: .*not built"):
         run(tmp_path, f"--sizes 1 --codecs {codec}")
 

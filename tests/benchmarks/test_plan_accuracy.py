@@ -43,8 +43,8 @@ def row_of(rate, method, hidden, ranks, noise):
     stock = s.seconds(s.stock, TRUTH, CODECS)
     step = s.seconds(s.method, TRUTH, CODECS) * noise
     phases = {"encode": 0.0, "decode": 0.0}
-    if s.config.codec in CODECS:
-        speed, wires = CODECS[s.config.codec], s.method.traffic[0].wires
+    if s.config.forward.codec in CODECS:
+        speed, wires = CODECS[s.config.forward.codec], s.method.traffic[0].wires
         values = 4 * 2 * sum(min(w.encoded, w.decoded) for w in wires) / s.core_share
         phases = {"encode": 1e3 * values / speed.encode, "decode": 1e3 * values / speed.decode}
     return row | {

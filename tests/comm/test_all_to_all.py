@@ -5,20 +5,25 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm import all_to_all
-from megatron_moe_comp.comm.all_to_all import Direction, Message, Route, compressed_all_to_all
+from megatron_moe_comp.comm.all_to_all import Message, compressed_all_to_all
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import Column, CommStats
 from megatron_moe_comp.compression.codecs import CODECS as REGISTERED
+from megatron_moe_comp.compression.codecs.dithered import Dithered
+from megatron_moe_comp.compression.codecs.gaussian import Gaussian
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import WIRES
+from tests.compression.variants import usual_bits
 
 HIDDEN = 64
 CODECS = {
     "identity": Identity(),
     "rq-row": RandomQuantization("row"),
     "rq-chunk": RandomQuantization("chunk"),
+    "dithered": Dithered(),
 }
 ALL_CODECS = {name: codec() for name, codec in REGISTERED.items() if name != "identity"}
 # Rows from rank s to rank d, as counts[s][d], of the first ranks that there are.
@@ -41,13 +46,8 @@ def make_route(rank, counts, num_bits=6, ranks_per_node=1):
     if num_bits == "mixed":
         bits = 2 + (3 * torch.arange(size)[:, None] + torch.arange(size)) % 7
     nodes = torch.arange(size) // ranks_per_node
-    return Route(
-        dist.group.WORLD,
-        rank,
-        Direction(*(tuple(m[rank].tolist()) for m in (counts, bits, counts))),
-        Direction(*(tuple(m[:, rank].tolist()) for m in (counts, bits, counts))),
-        tuple((nodes == nodes[rank]).tolist()),
-    )
+    plain = nodes[:, None] == nodes
+    return Route.of_rank(dist.group.WORLD, rank, counts, bits, counts, plain)
 
 
 def make_rows(rank, route, dtype):
@@ -60,7 +60,7 @@ def make_rows(rank, route, dtype):
 
 
 def message(wire, codec, rank, pieces=1):
-    random = RandomStream(key=rank, offset=0, stream=WIRES.index(wire))
+    random = RandomStream(key=rank << 32 | 77, offset=0, stream=WIRES.index(wire))
     return Message(wire, codec, random, pieces, measure_error=True)
 
 
@@ -71,16 +71,21 @@ def plain_all_to_all(values, route):
     return out
 
 
-def expected(values, route, codec, random):
-    """What should arrive: own and plain rows exact, others as their sender decodes them."""
+def as_decoded(values, route, codec, random):
+    """Own and plain rows exact, others as their sender decodes them."""
     decoded = values.clone()
     peers = [
-        Peer(rows, bits, Identity() if plain else codec)
+        Peer(rows, bits, Identity() if plain else codec, route.rank)
         for rows, bits, plain in zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
     ]
     packet = Packet.plan(peers, route.rank, values)
-    packet.decode(packet.encode(values, (), random), decoded, ())
-    return plain_all_to_all(decoded, route)
+    packet.decode(packet.encode(values, (), random), decoded, (), random)
+    return decoded
+
+
+def expected(values, route, codec, random):
+    """What should arrive."""
+    return plain_all_to_all(as_decoded(values, route, codec, random), route)
 
 
 def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs, pieces=1, per_node=1):
@@ -89,7 +94,7 @@ def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs, pieces
     forward, backward = (message(wire, codec, rank, pieces) for wire in wires)
     rows, probs = make_rows(rank, route, dtype)
     got, got_probs, got_masks = compressed_all_to_all(
-        rows, probs if with_probs else None, None, route, (forward, backward), stats
+        rows, probs if with_probs else None, None, (route, route), (forward, backward), stats
     )
     assert got_masks is None
     want = expected(rows.detach(), route, codec, forward.random)
@@ -122,11 +127,44 @@ def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs, pieces
     coded = [(n, bits) for n, bits, plain in links if not plain and codec_name != "identity"]
     assert totals[wires[0]][Column.CODED_ROWS] == sum(n for n, _ in coded)
     assert totals[wires[0]][Column.ROW_BITS] == sum(n * bits for n, bits in coded)
-    if codec_name == "rq-row" and dtype == torch.float32:
+    if codec_name in ("rq-row", "dithered") and dtype == torch.float32:
         squares = rows.detach().square().sum(dim=1).split(route.sent.rows)
         signal = sum(s.sum() for s, (_, _, plain) in zip(squares, links, strict=True) if not plain)
         assert totals[wires[0]][Column.SIGNAL] == pytest.approx(float(signal), rel=1e-5)
         assert (totals[wires[0]][Column.NOISE] > 0) == bool(coded and signal > 0)
+        error = rows.detach() - as_decoded(rows.detach(), route, codec, forward.random)
+        noise = float(error.square().sum())
+        assert totals[wires[0]][Column.NOISE] == pytest.approx(noise, rel=1e-5)
+
+
+def directions_differ(rank, load, pieces):
+    """3 bits of the nearest level forward, mixed bits of dithering backward."""
+    routes = make_route(rank, LOADS[load], 3), make_route(rank, LOADS[load], "mixed")
+    codecs = Gaussian(), Dithered()
+    messages = tuple(
+        message(wire, codec, rank, pieces)
+        for wire, codec in zip(WIRE_PAIRS[0], codecs, strict=True)
+    )
+    rows, probs = make_rows(rank, routes[0], torch.float32)
+    stats = CommStats()
+    got, *_ = compressed_all_to_all(rows, probs, None, routes, messages, stats)
+    want = expected(rows.detach(), routes[0], codecs[0], messages[0].random)
+    assert torch.equal(got, want)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(100 + rank))
+    (got * weights).sum().backward()
+    back = routes[1].reversed()
+    assert torch.equal(rows.grad, expected(weights, back, codecs[1], messages[1].random))
+    totals = dict(zip(WIRES, stats.totals(), strict=True))
+    for wire, route in zip(WIRE_PAIRS[0], (routes[0], back), strict=True):
+        links = zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
+        bits = sum(n * b for n, b, plain in links if not plain)
+        assert totals[wire][Column.ROW_BITS] == bits
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("load", ["unequal", "a rank sends nothing", "all to one"])
+def test_directions_may_differ_in_codec_and_bits(pool, load, pieces):
+    pool.run(directions_differ, load, pieces)
 
 
 @pytest.mark.parametrize("wires", WIRE_PAIRS, ids="/".join)
@@ -143,7 +181,7 @@ def test_every_width_and_dtype(pool, num_bits, dtype):
 
 
 @pytest.mark.parametrize("pieces", [2, 5, 64])
-@pytest.mark.parametrize("codec_name", ["identity", "rq-row"])
+@pytest.mark.parametrize("codec_name", ["identity", "rq-row", "dithered"])
 @pytest.mark.parametrize("load", LOADS)
 def test_pieces_change_nothing(pool, load, codec_name, pieces):
     args = (load, codec_name, "mixed", torch.float32, WIRE_PAIRS[0], True, pieces)
@@ -171,25 +209,15 @@ def shared_rows(rank, pieces):
         * torch.tensor([[1, 2, 3, 1], [2, 1, 1, 4], [3, 3, 1, 1], [1, 1, 2, 2]])[:size, :size]
     )
     bits = torch.full_like(counts, 4)
-    route = Route(
-        dist.group.WORLD,
-        rank,
-        Direction(*(tuple(m[rank].tolist()) for m in (counts, bits, pairs))),
-        Direction(*(tuple(m[:, rank].tolist()) for m in (counts, bits, pairs))),
-        tuple(r == rank for r in range(size)),
-    )
+    own = torch.eye(size, dtype=torch.bool)
+    route = Route.of_rank(dist.group.WORLD, rank, counts, bits, pairs, own)
     rows = torch.randn(sum(route.sent.rows), HIDDEN, requires_grad=True)
     probs = torch.rand(sum(route.sent.pairs), requires_grad=True)
     masks = torch.randint(0, 256, (len(rows), 3), dtype=torch.uint8)
     messages = tuple(message(w, CODECS["identity"], rank, pieces) for w in WIRE_PAIRS[0])
     stats = CommStats()
-    got = compressed_all_to_all(rows, probs, masks, route, messages, stats)
-    by_pair = Route(
-        route.group,
-        rank,
-        *(Direction(d.pairs, d.bits, d.pairs) for d in (route.sent, route.received)),
-        route.plain,
-    )
+    got = compressed_all_to_all(rows, probs, masks, (route, route), messages, stats)
+    by_pair = Route.of_rank(dist.group.WORLD, rank, pairs, bits, pairs, own)
     for values, arrived, way in zip(
         (rows, probs, masks), got, (route, by_pair, route), strict=True
     ):
@@ -229,7 +257,7 @@ def count_bytes(rank, load, codec_name, with_probs, pieces):
     dist.all_to_all_single = spy
     try:
         got, *_ = compressed_all_to_all(
-            rows, probs if with_probs else None, None, route, messages, stats
+            rows, probs if with_probs else None, None, (route, route), messages, stats
         )
         got.sum().backward()
     finally:
@@ -258,7 +286,7 @@ def non_finite(rank, bad):
     if rank == 0:
         rows[:, 5] = bad
     messages = tuple(message(w, CODECS["rq-row"], rank) for w in WIRE_PAIRS[0])
-    got, *_ = compressed_all_to_all(rows, None, None, route, messages, CommStats())
+    got, *_ = compressed_all_to_all(rows, None, None, (route, route), messages, CommStats())
     assert not got[: route.received.rows[0], 5].isfinite().any()
     assert got[route.received.rows[0] :].isfinite().all()
 
@@ -273,8 +301,8 @@ def no_grad_mode(rank):
     rows, probs = make_rows(rank, route, torch.float32)
     messages = tuple(message(w, CODECS["rq-row"], rank) for w in WIRE_PAIRS[0])
     with torch.no_grad():
-        plain = compressed_all_to_all(rows, probs, None, route, messages, CommStats())
-    with_grad = compressed_all_to_all(rows, probs, None, route, messages, CommStats())
+        plain = compressed_all_to_all(rows, probs, None, (route, route), messages, CommStats())
+    with_grad = compressed_all_to_all(rows, probs, None, (route, route), messages, CommStats())
     assert not plain[0].requires_grad
     assert with_grad[0].requires_grad
     assert with_grad[1].requires_grad
@@ -294,9 +322,9 @@ def order_of_steps(rank, pieces):
             steps.append("encode")
             super().encode(rows, segments, message, random)
 
-        def decode(self, message, segments, rows):
+        def decode(self, message, segments, rows, random):
             steps.append("decode")
-            super().decode(message, segments, rows)
+            super().decode(message, segments, rows, random)
 
     class Work:
         def __init__(self, work):
@@ -320,7 +348,7 @@ def order_of_steps(rank, pieces):
     dist.all_to_all_single = spy
     try:
         with torch.no_grad():
-            compressed_all_to_all(rows, None, None, route, messages, CommStats())
+            compressed_all_to_all(rows, None, None, (route, route), messages, CommStats())
     finally:
         dist.all_to_all_single = original
     return steps
@@ -336,14 +364,14 @@ def test_a_piece_is_encoded_and_another_decoded_while_one_is_under_way(pool):
 def unequal_magnitudes(rank, codec_name):
     """SQNR (dB) of what each rank sent here, first with equal magnitudes, then with rank 0's 8x."""
     codec = ALL_CODECS[codec_name]
-    route = make_route(rank, LOADS["balanced"], num_bits=6)
+    route = make_route(rank, LOADS["balanced"], num_bits=usual_bits(codec))
     generator = torch.Generator().manual_seed(rank)
     rows = torch.randn(sum(route.sent.rows), HIDDEN, generator=generator)
     results = []
     for factor in (1.0, 8.0 if rank == 0 else 1.0):
         messages = tuple(message(w, codec, rank) for w in WIRE_PAIRS[0])
         scaled = (rows * factor).requires_grad_()
-        got, *_ = compressed_all_to_all(scaled, None, None, route, messages, CommStats())
+        got, *_ = compressed_all_to_all(scaled, None, None, (route, route), messages, CommStats())
         want = plain_all_to_all(scaled.detach(), route)
         got.backward(want)
         exact = plain_all_to_all(want, route.reversed())

@@ -5,13 +5,13 @@ from typing import get_args
 import pytest
 import torch
 
+from megatron_moe_comp.codec_options import BitPolicy
 from megatron_moe_comp.compression.bit_allocation import (
     POLICIES,
     allocate_bits,
     most_loaded,
     variance,
 )
-from megatron_moe_comp.config import BitPolicy
 
 LIMITS = {"min_bits": 2, "max_bits": 8}
 

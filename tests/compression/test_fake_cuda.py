@@ -33,7 +33,7 @@ def test_packets_stay_on_the_device(name, num_bits):
             message = packet.encode(rows, [probs], RANDOM)
             assert (message.device.type, message.dtype) == ("cuda", torch.uint8)
             assert message.shape == (sum(packet.layout.byte_splits),)
-            packet.decode(message, torch.empty_like(rows), [torch.empty_like(probs)])
+            packet.decode(message, torch.empty_like(rows), [torch.empty_like(probs)], RANDOM)
 
 
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if hasattr(c, "encode_rows")])
@@ -73,6 +73,9 @@ def test_references_stay_on_the_device(num_bits, scales_are_given):
         message = torch.empty(2048, device="cuda", dtype=torch.uint8)
         pack_reference(rows, scales, message, segments, 1, 2, 3)
         unpack_reference(message, scales, rows, segments)
+        sys.modules[ops.unpack_dithered.__module__]._reference(
+            message, rows, segments, [3, 1, 7, 2], 2, 3
+        )
         codes = quantize(rows, torch.empty(16, device="cuda"), num_bits, 0, **vars(RANDOM))
         assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.uint8, (16, 64))
 
@@ -91,6 +94,18 @@ def test_cast_references_stay_on_the_device(name):
         message = torch.empty(4096, device="cuda", dtype=torch.uint8)
         module._pack_reference(rows, message, segments, name)
         module._unpack_reference(message, rows, segments, name)
+
+
+def test_references_of_gaussian_stay_on_the_device():
+    segments = ops.flatten([ops.OpSegment(0, 5, 3, 0, 512), ops.OpSegment(5, 11, 4, 1024, 0)])
+    module = sys.modules[ops.gaussian_pack.__module__]
+    with FakeTensorMode():
+        rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
+        message = torch.empty(2048, device="cuda", dtype=torch.uint8)
+        module._pack_reference(rows, message, segments)
+        module._unpack_reference(message, rows, segments)
+        scales = module.rms(rows)
+        assert (scales.device.type, scales.dtype, scales.shape) == ("cuda", torch.bfloat16, (16,))
 
 
 def test_hashing_and_clustering_stay_on_the_device():

@@ -31,10 +31,14 @@ class Exchange:
         return len(self.peers)
 
     def sent(self, rank):
-        return self.peers[rank]
+        return [peer._replace(sender=rank) for peer in self.peers[rank]]
 
     def received(self, rank):
-        return [row[rank] for row in self.peers]
+        """With the sender, and where among its rows those for this rank begin."""
+        return [
+            row[rank]._replace(sender=s, sender_row=sum(peer.num_rows for peer in row[:rank]))
+            for s, row in enumerate(self.peers)
+        ]
 
     def exact(self, items, piece):
         """Exact values travel with the first piece."""
@@ -153,16 +157,16 @@ def test_what_arrives_is_what_every_rank_sent(exchange, seed):
         segments = []
         for r in ranks:
             packet = exchange.sender_plan(r, piece)
-            random = replace(RANDOM, key=r)
+            random = RANDOM.of_rank(r)
             message = packet.encode(rows[r], [] if piece else exact[r], random)
             for codec, own in packet.segments:
-                codec.decode(message, own, seen[r])
+                codec.decode(message, own, seen[r], random)
             segments.append(message.split(packet.layout.byte_splits))
         for r in ranks:
             packet = exchange.receiver_plan(r, piece)
             assert packet.layout.byte_splits == [len(segments[s][r]) for s in ranks]
             message = torch.cat([segments[s][r] for s in ranks])
-            packet.decode(message, arrived[r], [] if piece else exact_arrived[r])
+            packet.decode(message, arrived[r], [] if piece else exact_arrived[r], RANDOM)
     for d in ranks:
         for e in range(len(ITEM_BYTES)):
             expected = [exact[s][e].split([i[e] for i in exchange.sent_items(s)])[d] for s in ranks]
@@ -211,5 +215,5 @@ def test_exact_values_of_any_dtype_and_none_for_a_rank_without_rows():
     message = packet.encode(normal_rows(hidden=HIDDEN, num_rows=2), [values], RandomStream(1, 2, 3))
     assert packet.layout.byte_splits[0] == 0
     found = torch.full_like(values, math.nan)
-    packet.decode(message, torch.empty(2, HIDDEN), [found])
+    packet.decode(message, torch.empty(2, HIDDEN), [found], RANDOM)
     assert torch.equal(found, values)

@@ -5,7 +5,9 @@ import math
 import torch
 
 from megatron_moe_comp.compression.codecs.cast import BFloat16Cast, Float16Cast
+from megatron_moe_comp.compression.codecs.dithered import Dithered
 from megatron_moe_comp.compression.codecs.fp8 import Float8
+from megatron_moe_comp.compression.codecs.gaussian import Gaussian
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.int8 import Int8
 from megatron_moe_comp.compression.codecs.lq import LinearQuantization
@@ -28,13 +30,15 @@ VARIANTS = {
     "mxfp8": MxFloat8(),
     "rq-row": RandomQuantization(scale_per="row"),
     "rq-chunk": RandomQuantization(scale_per="chunk"),
+    "dithered": Dithered(),
+    "gaussian": Gaussian(),
     "lq": LinearQuantization(),
     "shapeshifter": Shapeshifter(),
     "pwlq": PiecewiseLinearQuantization(),
     "terngrad": TernGrad(),
     "topk": TopK(),
 }
-RANDOM_VARIANTS = {"rq-row", "rq-chunk", "terngrad"}
+RANDOM_VARIANTS = {"rq-row", "rq-chunk", "dithered", "terngrad"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEGMENT_ROWS = (5, 0, 11)
 
@@ -47,20 +51,25 @@ def all_bits(codec):
 VARIANTS_AND_BITS = [(name, b) for name, codec in VARIANTS.items() for b in all_bits(codec)]
 
 
-def plan(codec, rows, segment_rows=SEGMENT_ROWS, num_bits=6, piece=0, num_pieces=1):
+def usual_bits(codec):
+    return min(6, all_bits(codec)[-1])
+
+
+def plan(codec, rows, segment_rows=SEGMENT_ROWS, num_bits=None, piece=0, num_pieces=1):
     """Of rows for other ranks only; num_bits may be one for each rank."""
+    num_bits = num_bits or usual_bits(codec)
     bits = num_bits if isinstance(num_bits, tuple) else (num_bits,) * len(segment_rows)
     peers = [Peer(n, b, codec) for n, b in zip(segment_rows, bits, strict=True)]
     return Packet.plan(peers, -1, rows, piece=piece, num_pieces=num_pieces)
 
 
-def roundtrip(codec, rows, segment_rows=None, num_bits=6, random=RANDOM, num_pieces=1):
+def roundtrip(codec, rows, segment_rows=None, num_bits=None, random=RANDOM, num_pieces=1):
     """Through packets, into rows that are poisoned."""
     segment_rows = (len(rows),) if segment_rows is None else segment_rows
     decoded = torch.full_like(rows, math.nan)
     for piece in range(num_pieces):
         packet = plan(codec, rows, segment_rows, num_bits, piece, num_pieces)
-        packet.decode(packet.encode(rows, [], random), decoded, [])
+        packet.decode(packet.encode(rows, [], random), decoded, [], random)
     return decoded
 
 

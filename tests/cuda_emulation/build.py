@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 EMULATION = Path(__file__).parent / "emulation.h"
 OPS = ("quantize_pack", "unpack_dequantize")
-SOURCES = (*OPS, "cluster_sum", "lsh_hash")
+SOURCES = (*OPS, "unpack_dithered", "gaussian", "cluster_sum", "lsh_hash")
 
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -52,7 +52,7 @@ constexpr size_t kMostSharedBytes = 99 << 10;  // of the devices from sm_80 on, 
 
 enum class State { kReady, kAtBarrier, kInCollective, kDone };
 
-using Combine = uint32_t (*)(uint32_t, uint32_t);
+using Combine = uint64_t (*)(uint64_t, uint64_t);
 
 // One thread of a block.
 struct Fiber {
@@ -62,8 +62,9 @@ struct Fiber {
   State state;
   uint3 index;
   uint32_t mask;  // of the collective that the fiber waits for
-  uint32_t value;
-  Combine combine;
+  uint64_t value;
+  Combine combine;  // null: each lane gets the value of another
+  unsigned distance;  // to that lane, by exclusive or
 };
 
 struct Block {
@@ -165,10 +166,12 @@ EMULATION_UNCHECKED static void barrier() {
 #endif
 }
 
-EMULATION_UNCHECKED static uint32_t collective(uint32_t mask, uint32_t value, Combine combine) {
+EMULATION_UNCHECKED static uint64_t collective(uint32_t mask, uint64_t value, Combine combine,
+                                               unsigned distance = 0) {
   current->mask = mask;
   current->value = value;
   current->combine = combine;
+  current->distance = distance;
   wait(State::kInCollective);
   return current->value;
 }
@@ -179,19 +182,21 @@ EMULATION_UNCHECKED static bool finish_collective(Fiber* lanes, unsigned num_lan
     const uint32_t mask = lanes[first].mask;
     const Combine combine = lanes[first].combine;
     if (lanes[first].state != State::kInCollective) continue;
-    uint32_t present = 0, result = lanes[first].value;
+    uint32_t present = 0;
+    uint64_t result = lanes[first].value, values[kWarp] = {};
     for (unsigned i = 0; i < num_lanes; ++i) {
       const Fiber& lane = lanes[i];
       if (lane.state != State::kInCollective || lane.mask != mask || lane.combine != combine) {
         continue;
       }
       present |= 1u << i;
-      result = combine(result, lane.value);
+      values[i] = lane.value;
+      if (combine) result = combine(result, lane.value);
     }
     if (present != mask) continue;
     for (unsigned i = 0; i < num_lanes; ++i) {
       if (!(mask >> i & 1)) continue;
-      lanes[i].value = result;
+      lanes[i].value = combine ? result : values[(i ^ lanes[i].distance) % kWarp];
       lanes[i].state = State::kReady;
     }
     return true;
@@ -363,7 +368,15 @@ cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters..
 static inline void __syncthreads() { emulation::barrier(); }
 
 static inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
-  return emulation::collective(mask, value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+  return emulation::collective(mask, value, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+}
+
+inline double __shfl_xor_sync(uint32_t mask, double value, int distance) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = emulation::collective(mask, bits, nullptr, distance);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 template <typename T>

@@ -53,6 +53,40 @@ class GpuKernels:
         )
         rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
 
+    def unpack_dithered(
+        self,
+        message: np.ndarray,
+        rows: np.ndarray,
+        row_type: str,
+        segments: Sequence[int],
+        senders: Sequence[int],
+        random: tuple[int, int],
+    ) -> None:
+        """Writes into the rows; `random` is offset and stream."""
+        written = self._copy(rows, getattr(torch, row_type))
+        torch.ops.megatron_moe_comp.unpack_dithered(
+            self._copy(message, torch.uint8), written, segments, senders, *random
+        )
+        rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
+
+    def gaussian_pack(
+        self, rows: np.ndarray, row_type: str, message: np.ndarray, segments: Sequence[int]
+    ) -> None:
+        """Writes into the message."""
+        written = self._copy(message, torch.uint8)
+        source = self._copy(rows, getattr(torch, row_type))
+        torch.ops.megatron_moe_comp.gaussian_pack(source, written, segments)
+        message[:] = written.cpu().numpy()
+
+    def gaussian_unpack(
+        self, message: np.ndarray, rows: np.ndarray, row_type: str, segments: Sequence[int]
+    ) -> None:
+        """Writes into the rows."""
+        written = self._copy(rows, getattr(torch, row_type))
+        source = self._copy(message, torch.uint8)
+        torch.ops.megatron_moe_comp.gaussian_unpack(source, written, segments)
+        rows[:] = written.view(torch.int16 if rows.itemsize == 2 else torch.int32).cpu().numpy()
+
     def _copy(self, array, dtype):
         skip = array.ctypes.data % 16
         memory = torch.empty(skip + array.nbytes, dtype=torch.uint8, device=self._device)[skip:]

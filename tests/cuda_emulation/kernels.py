@@ -70,6 +70,51 @@ class EmulatedKernels:
         launch(self._dequantize, "moe_comp_unpack_dequantize", self.reverse, call)
 
 
+class EmulatedDithering:
+    """unpack_dithered of `build.emulated`; arguments as in megatron_moe_comp.ops."""
+
+    def __init__(self, library: Path, reverse: bool = False):
+        self._library = ctypes.CDLL(str(library))
+        self.reverse = reverse
+
+    def unpack_dithered(
+        self,
+        message: np.ndarray,
+        rows: np.ndarray,
+        row_type: str,
+        segments: Sequence[int],
+        senders: Sequence[int],
+        random: tuple[int, int],
+    ) -> None:
+        """Writes into the rows; `random` is offset and stream."""
+        call = _call(rows, row_type, None, message, segments)
+        table = (ctypes.c_int64 * len(senders))(*senders)
+        words = map(ctypes.c_uint32, random)
+        launch(self._library, "moe_comp_unpack_dithered", self.reverse, call, table, *words)
+
+
+class EmulatedGaussian:
+    """gaussian_pack and gaussian_unpack of `build.emulated`."""
+
+    def __init__(self, library: Path, reverse: bool = False):
+        self._library = ctypes.CDLL(str(library))
+        self.reverse = reverse
+
+    def gaussian_pack(
+        self, rows: np.ndarray, row_type: str, message: np.ndarray, segments: Sequence[int]
+    ) -> None:
+        """Writes into the message."""
+        call = _call(rows, row_type, None, message, segments)
+        launch(self._library, "moe_comp_gaussian_pack", self.reverse, call)
+
+    def gaussian_unpack(
+        self, message: np.ndarray, rows: np.ndarray, row_type: str, segments: Sequence[int]
+    ) -> None:
+        """Writes into the rows."""
+        call = _call(rows, row_type, None, message, segments)
+        launch(self._library, "moe_comp_gaussian_unpack", self.reverse, call)
+
+
 def launch(
     library: ctypes.CDLL, function: str, reverse: bool, call: ctypes.Structure, *arguments: object
 ) -> None:

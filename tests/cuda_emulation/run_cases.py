@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.cuda_emulation import clusters, hashes
 from tests.cuda_emulation.build import ROOT, SOURCES, emulated, sanitizer_environment
-from tests.cuda_emulation.kernels import EmulatedKernels
+from tests.cuda_emulation.kernels import EmulatedDithering, EmulatedGaussian, EmulatedKernels
 
 
 class Case(NamedTuple):
@@ -74,7 +74,7 @@ def _case(
     return Case(rows, row_type, scales, table, end)
 
 
-def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
+def digest(kernels: EmulatedKernels, dithering: EmulatedDithering, few_blocks: bool) -> str:
     """Returns the digest of all messages, and of the rows that come out of them."""
     digest = hashlib.sha256()
     for case in cases(few_blocks):
@@ -84,8 +84,33 @@ def digest(kernels: EmulatedKernels, few_blocks: bool) -> str:
         kernels.quantize_pack(
             case.rows, case.row_type, case.row_scales, message, case.segments, random
         )
+        if case.row_scales is None:
+            decoded, senders = np.zeros_like(case.rows), []
+            for i in range(len(case.segments) // 5):
+                senders += [7 * i, random[0] + i]
+            dithering.unpack_dithered(
+                message, decoded, case.row_type, case.segments, senders, random[1:]
+            )
+            digest.update(decoded.tobytes())
         rows = case.rows  # in place: what is not written stays
         kernels.unpack_dequantize(message, case.row_scales, rows, case.row_type, case.segments)
+        digest.update(message.tobytes() + rows.tobytes())
+    return digest.hexdigest()
+
+
+def gaussian_digest(kernels: EmulatedGaussian, few_blocks: bool) -> str:
+    """Returns the digest of all messages, and of the rows that come out of them."""
+    digest = hashlib.sha256()
+    for case in cases(few_blocks):
+        table = list(case.segments)
+        table[2::5] = [2 + num_bits % 3 for num_bits in table[2::5]]
+        end = 5
+        for i in range(0, len(table), 5):
+            table[i + 3], end = end, end + -(-case.rows.shape[1] * table[i + 2] // 8) * table[i + 1]
+            table[i + 4], end = end, end + 2 * table[i + 1]
+        message, rows = np.full(end, 0xFF, np.uint8), np.zeros_like(case.rows)
+        kernels.gaussian_pack(case.rows, case.row_type, message, table)
+        kernels.gaussian_unpack(message, rows, case.row_type, table)
         digest.update(message.tobytes() + rows.tobytes())
     return digest.hexdigest()
 
@@ -118,14 +143,15 @@ def run(
 
 def main() -> None:
     """Prints one digest per order of threads."""
-    few_blocks, *libraries = sys.argv[1:]
-    quantize_pack, unpack_dequantize, cluster_sum, lsh_hash = map(Path, libraries)
+    few_blocks, paths = bool(int(sys.argv[1])), map(Path, sys.argv[2:])
+    library = dict(zip(SOURCES, paths, strict=True))
     for reverse in (False, True):
-        kernels = EmulatedKernels(quantize_pack, unpack_dequantize, reverse)
+        kernels = EmulatedKernels(library["quantize_pack"], library["unpack_dequantize"], reverse)
         print(
-            digest(kernels, bool(int(few_blocks)))
-            + clusters.digest(clusters.EmulatedClusters(cluster_sum, reverse))
-            + hashes.digest(hashes.EmulatedHashes(lsh_hash, reverse)),
+            digest(kernels, EmulatedDithering(library["unpack_dithered"], reverse), few_blocks)
+            + gaussian_digest(EmulatedGaussian(library["gaussian"], reverse), few_blocks)
+            + clusters.digest(clusters.EmulatedClusters(library["cluster_sum"], reverse))
+            + hashes.digest(hashes.EmulatedHashes(library["lsh_hash"], reverse)),
             flush=True,
         )
 

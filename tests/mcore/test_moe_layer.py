@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_moe_comp.codec_options import BitPolicy
 from megatron_moe_comp.comm_stats import Column
-from megatron_moe_comp.config import WIRES, BitPolicy, CompressionConfig
+from megatron_moe_comp.config import WIRES, CompressionConfig
 
 HIDDEN, EXPERTS, TOKENS, BATCH = 64, 8, 24, 2
 
@@ -189,7 +190,13 @@ def recompute_repeats(rank, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"moe_a2a_bits": 2}, {"moe_a2a_bits": 6}, {"moe_a2a_dedup": True}, {"moe_a2a_chunks": 3}],
+    [
+        {"moe_a2a_bits": 2},
+        {"moe_a2a_bits": 6},
+        {"moe_a2a_dedup": True},
+        {"moe_a2a_chunks": 3},
+        {"moe_a2a_codec": "dithered", "moe_a2a_chunks": 2},
+    ],
 )
 def test_recomputation_repeats_the_bits(megatron_pool, options):
     megatron_pool.run(recompute_repeats, options)
@@ -203,7 +210,14 @@ def pieces_change_nothing(rank, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"moe_a2a_dedup": True}, {"method": "rq"}, {"method": "identity"}]
+    "options",
+    [
+        {},
+        {"moe_a2a_dedup": True},
+        {"method": "rq"},
+        {"method": "identity"},
+        {"moe_a2a_codec": "dithered", "moe_a2a_dedup": True},
+    ],
 )
 def test_pieces_change_nothing(megatron_pool, options):
     megatron_pool.run(pieces_change_nothing, options)
@@ -313,7 +327,7 @@ def test_bit_policies_shift_the_load(megatron_pool, routing):
         raw, uniform, sent = figures
         for other in results[1:]:
             assert other[policy][0] == figures
-            assert torch.equal(other[policy][1].bits, links.bits)
+            assert torch.equal(other[policy][1].bits[0], links.bits[0])
         crossing = links.rows.clone().fill_diagonal_(0)
         rows = max(crossing.sum(dim=0).max(), crossing.sum(dim=1).max()).item()
         assert raw == rows * 4 * HIDDEN
@@ -322,8 +336,8 @@ def test_bit_policies_shift_the_load(megatron_pool, routing):
             assert sent == uniform
         elif policy == "optimal" and crossing.any():
             budget = 6 * crossing.sum().item() / len(crossing)
-            most = max((crossing * links.bits).sum(dim=d).max().item() for d in (0, 1))
-            assert most <= budget or (links.bits[crossing > 0] == 3).any()
+            most = max((crossing * links.bits[0]).sum(dim=d).max().item() for d in (0, 1))
+            assert most <= budget or (links.bits[0][crossing > 0] == 3).any()
             assert sent <= uniform
     if routing == "one rank gets all" and len(results) == 4:
         raw, uniform, sent = results[0]["optimal"][0]

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_comp.comm.all_to_all import Direction, Message, Route, send
+from megatron_moe_comp.comm.all_to_all import Message, send
+from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codecs import codec_of
-from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, Prediction, predict
@@ -38,6 +38,12 @@ CONFIGS = {
         "moe_a2a_bits": 3,
         "moe_a2a_scale_per": "chunk",
     },
+    "two codecs": {
+        "moe_a2a_compress": "gaussian",
+        "moe_a2a_bits": 3,
+        "moe_a2a_backward_codec": "dithered",
+        "moe_a2a_backward_bits": 5,
+    },
     "one wire": {"moe_a2a_compress": "mxfp8", "moe_a2a_wires": ("combine_bwd", "dispatch_bwd")},
     "inter-node": {
         "moe_a2a_compress": "birdmoe",
@@ -50,15 +56,14 @@ CONFIGS = {
 
 def send_all_wires(rank, options, dtype):
     config, size = CompressionConfig(**options), dist.get_world_size()
-    direction = Direction((ROWS,) * size, (config.moe_a2a_bits or 0,) * size, (ROWS,) * size)
-    plain = tuple(other == rank for other in range(size))
-    route = Route(dist.group.WORLD, rank, direction, direction, plain)
+    counts, plain = torch.full((size, size), ROWS), torch.eye(size, dtype=torch.bool)
     stats = CommStats()
     rows = torch.randn(ROWS * size, HIDDEN, dtype=dtype)
     probs = torch.rand(len(rows), dtype=dtype)
     for wire in WIRES:
-        codec = codec_of(config) if wire in config.moe_a2a_wires else Identity()
-        message = Message(wire, codec, RandomStream(1, 2, 3))
+        bits = torch.full_like(counts, config.coding(wire).bits)
+        route = Route.of_rank(dist.group.WORLD, rank, counts, bits, counts, plain)
+        message = Message(wire, codec_of(config, wire), RandomStream(1, 2, 3))
         send(rows, probs if wire.startswith("dispatch") else None, None, route, message, stats)
     return stats.totals()[:, 1].tolist()
 

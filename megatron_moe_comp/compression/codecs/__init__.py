@@ -2,7 +2,9 @@
 
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.cast import BFloat16Cast, Float16Cast
+from megatron_moe_comp.compression.codecs.dithered import Dithered
 from megatron_moe_comp.compression.codecs.fp8 import Float8
+from megatron_moe_comp.compression.codecs.gaussian import Gaussian
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.int8 import Int8
 from megatron_moe_comp.compression.codecs.lq import LinearQuantization
@@ -12,7 +14,7 @@ from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.codecs.shapeshifter import Shapeshifter
 from megatron_moe_comp.compression.codecs.terngrad import TernGrad
 from megatron_moe_comp.compression.codecs.topk import TopK
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.config import CompressionConfig, Wire
 
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec
@@ -24,6 +26,8 @@ CODECS: dict[str, type[Codec]] = {
         Float8,
         MxFloat8,
         RandomQuantization,
+        Dithered,
+        Gaussian,
         LinearQuantization,
         Shapeshifter,
         PiecewiseLinearQuantization,
@@ -34,8 +38,9 @@ CODECS: dict[str, type[Codec]] = {
 """Codec classes by their name."""
 
 
-def codec_of(config: CompressionConfig) -> Codec:
-    """Returns the configured codec."""
-    if config.codec == "rq":
-        return RandomQuantization(config.moe_a2a_scale_per)
-    return CODECS[config.codec]()
+def codec_of(config: CompressionConfig, wire: Wire) -> Codec:
+    """Returns what encodes the rows of a wire."""
+    if wire not in config.moe_a2a_wires:
+        return Identity()
+    name = config.coding(wire).codec
+    return RandomQuantization(config.moe_a2a_scale_per) if name == "rq" else CODECS[name]()

@@ -31,7 +31,11 @@ class Identity(Codec):
             write_bytes(message, s.offsets[0], rows[s.first_row : s.first_row + s.num_rows])
 
     def decode(
-        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+        self,
+        message: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        random: RandomStream,
     ) -> None:
         """Copies the bytes back."""
         for s in segments:

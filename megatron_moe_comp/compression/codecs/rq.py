@@ -8,6 +8,7 @@ import torch
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codecs.op_segments import filled, flat
 from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import ScalePer
@@ -47,7 +48,7 @@ class RandomQuantization(Codec):
         row_scales = None
         if self.scale_per == "chunk":
             row_scales = rows.new_zeros(len(rows), dtype=torch.float32)
-            for s in _filled(segments):
+            for s in filled(segments):
                 own = slice(s.first_row, s.first_row + s.num_rows)
                 scale = ops.absmax(rows[own]).amax(dim=0, keepdim=True)
                 row_scales[own] = scale
@@ -56,30 +57,24 @@ class RandomQuantization(Codec):
             rows,
             row_scales,
             message,
-            _flat(segments),
+            flat(segments),
             key=random.key,
             offset=random.offset,
             stream=random.stream,
         )
 
     def decode(
-        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+        self,
+        message: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        random: RandomStream,
     ) -> None:
         """Writes codes times steps."""
         row_scales = None
         if self.scale_per == "chunk":
             row_scales = rows.new_zeros(len(rows), dtype=torch.float32)
-            for s in _filled(segments):
+            for s in filled(segments):
                 scale = read_bytes(message, s.offsets[1], (1,), torch.float32)
                 row_scales[s.first_row : s.first_row + s.num_rows] = scale
-        ops.unpack_dequantize(message, row_scales, rows, _flat(segments))
-
-
-def _filled(segments: Sequence[Segment]) -> list[Segment]:
-    return [s for s in segments if s.num_rows]
-
-
-def _flat(segments: Sequence[Segment]) -> list[int]:
-    return ops.flatten(
-        [ops.OpSegment(s.first_row, s.num_rows, s.num_bits, *s.offsets) for s in _filled(segments)]
-    )
+        ops.unpack_dequantize(message, row_scales, rows, flat(segments))

@@ -35,7 +35,11 @@ class SmallFloat(Codec):
         ops.cast_pack(rows, message, self._flat(segments), self.name)
 
     def decode(
-        self, message: torch.Tensor, segments: Sequence[Segment], rows: torch.Tensor
+        self,
+        message: torch.Tensor,
+        segments: Sequence[Segment],
+        rows: torch.Tensor,
+        random: RandomStream,
     ) -> None:
         """Writes the numbers, times their scales if the format has them."""
         ops.unpack_cast(message, rows, self._flat(segments), self.name)

@@ -1,0 +1,69 @@
+"""Route: who exchanges how many rows with whom in one all-to-all, and to how many bits.
+
+Shapes: P ranks of the group.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one rank sends to, or receives from, each rank of its group."""
+
+    rows: tuple[int, ...]
+    bits: tuple[int, ...]
+    """Bits per value of the rows of each rank."""
+    pairs: tuple[int, ...]
+    """(token, expert) pairs that the rows stand for: as many as rows, unless rows are shared."""
+    first_rows: tuple[int, ...]
+    """Index of the first of them among all rows that the other rank receives, or sends."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who exchanges how many rows with whom, seen from one rank of a group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    """This process's rank in the group."""
+    sent: Direction
+    received: Direction
+    """Its own entries equal those of `sent`."""
+    plain: tuple[bool, ...]
+    """Ranks that rows are exchanged with uncompressed, whatever the codec; this one always."""
+
+    @staticmethod
+    def of_rank(
+        group: dist.ProcessGroup,
+        rank: int,
+        rows: torch.Tensor,
+        bits: torch.Tensor,
+        pairs: torch.Tensor,
+        plain: torch.Tensor,
+    ) -> "Route":
+        """Returns one rank's route.
+
+        Args:
+            group: process group.
+            rank: the rank in the group.
+            rows: int64 [P, P], from each rank to each other; like the rest on the CPU.
+            bits: int64 [P, P], bits per value.
+            pairs: int64 [P, P], see `Direction`.
+            plain: bool [P, P], whether rows are exchanged uncompressed.
+        """
+        sent = rows, bits, pairs, rows.cumsum(dim=0) - rows
+        received = rows, bits, pairs, rows.cumsum(dim=1) - rows
+        return Route(
+            group,
+            rank,
+            Direction(*(tuple(matrix[rank].tolist()) for matrix in sent)),
+            Direction(*(tuple(matrix[:, rank].tolist()) for matrix in received)),
+            tuple(plain[rank].tolist()),
+        )
+
+    def reversed(self) -> "Route":
+        """Returns the way back."""
+        return replace(self, sent=self.received, received=self.sent)
