@@ -1,4 +1,4 @@
-// The arithmetic of quantize_pack and unpack_dequantize, once for every kernel: nvcc compiles it for
+// The arithmetic of quantize_pack and its decoders, once for every kernel: nvcc compiles it for
 // the device, g++ for the C++ kernels. megatron_moe_comp/ops/ says what it computes; the bytes are
 // the same everywhere, so each float operation rounds once (no fused multiply-add, no fast math).
 #pragma once
@@ -68,6 +68,11 @@ MMC_INLINE float div_rn(float a, float b) {
 
 MMC_INLINE int levels(int num_bits) { return (1 << (num_bits - 1)) - 1; }
 
+// The outermost level in 16.16 fixed point. Mid-rise levels are odd multiples of half a step.
+MMC_INLINE float top_of(int num_bits, bool mid_rise) {
+  return (levels(num_bits) + (mid_rise ? 0.5f : 0.0f)) * kOne;
+}
+
 MMC_INLINE int64_t packed_bytes(int64_t num_values, int num_bits) {
   return (num_values * num_bits + 7) / 8;
 }
@@ -78,21 +83,20 @@ MMC_INLINE float scale_from_absmax_bits(uint32_t bits) {
   return bits_float(bits >= kInfBits ? kNanBits : bits);
 }
 
-// False for a row whose codes are all zeros: tiny, infinite or NaN scale.
+// False for a row whose codes are all L: tiny, infinite or NaN scale.
 MMC_INLINE bool is_usable(float scale) {
   return scale >= kSmallestScale && float_bits(scale) < kInfBits;
 }
 
 // What turns a value into 16.16 fixed point; rounded down where it was rounded up, so that no
 // |x| <= scale passes the top level.
-MMC_INLINE float inverse_of(float scale, int num_bits) {
-  const float top = levels(num_bits) * kOne;
+MMC_INLINE float inverse_of(float scale, float top) {
   const float inverse = div_rn(top, scale);
   return mul_rn(inverse, scale) > top ? bits_float(float_bits(inverse) - 1) : inverse;
 }
 
-// The code, in [0, 2L], of x with sixteen random bits. top is L * kOne. |x| <= scale keeps the sum
-// in [0, 2 * top], below 2^24, where adding and removing 2^23 rounds to an integer; converting with
+// The code, in [0, 2 * top / kOne], of x with sixteen random bits. |x| <= scale keeps the sum in
+// [0, 2 * top], below 2^24, where adding and removing 2^23 rounds to an integer; converting with
 // rounding to nearest does the same.
 MMC_INLINE uint32_t code_of(float x, float inverse, float top, uint32_t random_half) {
   const float shifted = add_rn(mul_rn(x, inverse), top);
@@ -113,11 +117,16 @@ MMC_INLINE float value_of(uint32_t code, float step, int num_bits) {
   return mul_rn(static_cast<float>(static_cast<int>(code) - levels(num_bits)), step);
 }
 
-// The value of a code in whose rounding `random_half` was added: less that, and half a step for the
-// fraction that was dropped. `unit` is the step over kOne, which is exact. At most 24 bits.
+// The step between two mid-rise levels, over kOne; NaN stays NaN.
+MMC_INLINE float dithered_unit_of(float scale, int num_bits) {
+  return div_rn(scale < kSmallestScale ? 0.0f : scale, top_of(num_bits, true));
+}
+
+// The value of a mid-rise code in whose rounding `random_half` was added: less that and the top
+// level, and half a step for the fraction that was dropped; these two make L. At most 24 bits.
 MMC_INLINE float dithered_value_of(uint32_t code, uint32_t random_half, float unit, int num_bits) {
-  const int fixed_point = (static_cast<int>(code) - levels(num_bits)) * 65536 + 32768 -
-                          static_cast<int>(random_half);
+  const int fixed_point =
+      (static_cast<int>(code) - levels(num_bits)) * 65536 - static_cast<int>(random_half);
   return mul_rn(static_cast<float>(fixed_point), unit);
 }
 

@@ -37,7 +37,11 @@ BITS_RANGE = {
 }
 """Fewest and most bits per value of the codecs whose width can be chosen."""
 
-BIRDMOE_CODECS: dict[int, tuple[CodecName, CodecName]] = {3: ("rq", "rq"), 4: ("rq", "rq")}
+BIRDMOE_CODECS: dict[int, tuple[CodecName, CodecName]] = {
+    2: ("gaussian", "dithered"),
+    3: ("gaussian", "dithered"),
+    4: ("dithered", "dithered"),
+}
 """What birdmoe encodes with at some numbers of bits, forward and backward; at others with rq."""
 
 
@@ -63,17 +67,19 @@ class CodecOptions:
     """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
     other options. auto: none, or birdmoe with 8 to 5 bits, whichever a short measurement at the
     start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random
-    quantization with load-aware bits (BirdMoE, DAC 2025). lsh: similar rows are sent as one
-    centroid (LSH-MoE, NeurIPS 2024; see --moe-lsh-*). Any other name: that codec alone, rq being
-    birdmoe's and identity sending rows unchanged."""
+    quantization with load-aware bits (BirdMoE, DAC 2025), at 2 to 4 bits with finer codecs, see
+    --moe-a2a-codec. lsh: similar rows are sent as one centroid (LSH-MoE, NeurIPS 2024; see
+    --moe-lsh-*). Any other name: that codec alone, rq being the paper's and identity sending rows
+    unchanged."""
 
     moe_a2a_codec: CodecName | None = None
-    """What encodes the rows of birdmoe (default: rq) or the centroids of lsh (default: identity,
-    unchanged)."""
+    """What encodes the rows of birdmoe (default: rq, the paper's; dithered at 4 bits; gaussian
+    forward and dithered backward at 2 and 3) or the centroids of lsh (default: identity, which
+    changes nothing)."""
 
     moe_a2a_backward_codec: CodecName | None = None
     """What encodes on the backward wires, combine_bwd and dispatch_bwd, if the method's width can
-    be chosen (default: what encodes forward)."""
+    be chosen (default: what encodes forward; of birdmoe, see --moe-a2a-codec)."""
 
     moe_a2a_bits: int | None = None
     """Bits per value on the wire, sign included: 2 to 8 (pwlq: 3 to 8, gaussian: 2 to 4; default:
@@ -124,7 +130,7 @@ class CodecOptions:
     def _backward_codec(self) -> CodecName:
         if self.moe_a2a_backward_codec is not None:
             return self.moe_a2a_backward_codec
-        if self.moe_a2a_compress in ("auto", "birdmoe") and self.moe_a2a_codec is None:
+        if self._is_birdmoes_own:
             return _of_birdmoe(self.moe_a2a_backward_bits or self.moe_a2a_bits)[1]
         return self._forward_codec
 
@@ -144,6 +150,19 @@ class CodecOptions:
         if self.moe_a2a_compress == "lsh" or self.moe_a2a_codec is not None:
             return f"{method} with --moe-a2a-codec={self._forward_codec}"
         return method
+
+    def _name(self, coding: Coding, backward: bool) -> str:
+        """Returns the options that chose one direction's codec; of birdmoe's own, which it is."""
+        if backward and self.moe_a2a_backward_codec is not None:
+            return f"--moe-a2a-backward-codec={self.moe_a2a_backward_codec}"
+        if self._is_birdmoes_own and coding.codec != "rq":
+            return f"{self.chosen_by} at {coding.bits} bits, {coding.codec},"
+        return self.chosen_by
+
+    @property
+    def _is_birdmoes_own(self) -> bool:
+        """Whether the number of bits chooses the codecs."""
+        return self.moe_a2a_compress in ("auto", "birdmoe") and self.moe_a2a_codec is None
 
     def _check_codecs(self) -> None:
         """Raises ValueError for an unusable value; fills in the bits and the policy not given."""
@@ -243,10 +262,11 @@ class CodecOptions:
     def _directions(self) -> Iterator[tuple[Coding, str, str, str]]:
         """Yields of both directions the coding, the options of its bits and codec, and a remedy."""
         uncompressed = "--moe-a2a-compress=none to send rows uncompressed"
-        yield self.forward, "moe_a2a_bits", self.chosen_by, uncompressed
-        codec, bits = self.moe_a2a_backward_codec, self.moe_a2a_backward_bits
-        method = self.chosen_by if codec is None else f"--moe-a2a-backward-codec={codec}"
-        if bits is None:
+        is_narrower = self._is_birdmoes_own and self.forward.codec == "gaussian"
+        remedy = "--moe-a2a-codec=rq" if is_narrower else uncompressed
+        yield self.forward, "moe_a2a_bits", self._name(self.forward, backward=False), remedy
+        method = self._name(self.backward, backward=True)
+        if self.moe_a2a_backward_bits is None:
             yield self.backward, "moe_a2a_bits", method, "set --moe-a2a-backward-bits"
         else:
             yield self.backward, "moe_a2a_backward_bits", method, uncompressed

@@ -102,9 +102,11 @@ class CompressionConfig(CodecOptions, LshOptions):
         per_chunk = self.moe_a2a_scale_per == "chunk"
         if per_chunk and codecs != {"rq"}:
             other = next(name for name in sorted(codecs) if name != "rq")
+            is_birdmoe = self.moe_a2a_compress == "birdmoe"
+            remedy = "--moe-a2a-codec=rq" if is_birdmoe else "--moe-a2a-compress=birdmoe or rq"
             raise ValueError(
                 f"--moe-a2a-scale-per=chunk: {method}, which encodes with {other}, does not choose "
-                "what shares a scale. Drop the option, or use --moe-a2a-compress=birdmoe or rq."
+                f"what shares a scale. Drop the option, or use {remedy}."
             )
         if self.moe_a2a_chunks > 1 and (per_chunk or "lq" in codecs):
             cause = "--moe-a2a-scale-per=chunk" if per_chunk else method

@@ -6,7 +6,6 @@ from typing import get_args
 import pytest
 
 from megatron_moe_comp.codec_options import (
-    BIRDMOE_CODECS,
     BITS_RANGE,
     CodecName,
     Coding,
@@ -164,7 +163,7 @@ def directions(**options):
         ),
         (
             {"compress": "birdmoe", "bits": 3, "backward_bits": 5, "backward_codec": "lq"},
-            ("rq", 3, 2, 8),
+            ("gaussian", 3, 2, 4),
             ("lq", 5, 2, 8),
         ),
         (
@@ -180,7 +179,7 @@ def directions(**options):
         (
             {"compress": "birdmoe", "backward_bits": 4, "min_bits": 3, "max_bits": 7},
             ("rq", 6, 3, 7),
-            ("rq", 4, 3, 7),
+            ("dithered", 4, 3, 7),
         ),
     ],
 )
@@ -189,14 +188,14 @@ def test_directions_have_codecs_and_bits(options, forward, backward):
     assert directions(**options) == (Coding(*forward), Coding(*(backward or forward)))
 
 
-def test_birdmoe_encodes_as_its_table_says_unless_told_otherwise(monkeypatch):
-    monkeypatch.setitem(BIRDMOE_CODECS, 3, ("gaussian", "dithered"))
-
+def test_birdmoe_encodes_as_its_table_says_unless_told_otherwise():
     def codecs(**options):
         return [coding.codec for coding in directions(moe_a2a_compress="birdmoe", **options)]
 
     assert codecs() == ["rq", "rq"]
-    assert codecs(moe_a2a_bits=3) == ["gaussian", "dithered"]
+    assert codecs(moe_a2a_bits=5) == ["rq", "rq"]
+    assert codecs(moe_a2a_bits=4) == ["dithered", "dithered"]
+    assert codecs(moe_a2a_bits=3) == codecs(moe_a2a_bits=2) == ["gaussian", "dithered"]
     assert codecs(moe_a2a_bits=3, moe_a2a_codec="rq") == ["rq", "rq"]
     assert codecs(moe_a2a_bits=3, moe_a2a_backward_codec="rq") == ["gaussian", "rq"]
     assert codecs(moe_a2a_bits=3, moe_a2a_backward_bits=5) == ["gaussian", "rq"]
@@ -234,6 +233,18 @@ def test_birdmoe_encodes_as_its_table_says_unless_told_otherwise(monkeypatch):
         (
             {"compress": "birdmoe", "codec": "gaussian", "max_bits": 8},
             ("--moe-a2a-max-bits=8", "birdmoe with --moe-a2a-codec=gaussian", "2 to 4"),
+        ),
+        (
+            {"compress": "birdmoe", "bits": 3, "max_bits": 8},
+            ("--moe-a2a-max-bits=8", "birdmoe at 3 bits, gaussian", "2 to 4", "--moe-a2a-codec=rq"),
+        ),
+        (
+            {"compress": "birdmoe", "bits": 3, "backward_bits": 9},
+            ("--moe-a2a-backward-bits=9", "2 to 8", "--moe-a2a-compress=none"),
+        ),
+        (
+            {"compress": "birdmoe", "bits": 4, "scale_per": "chunk"},
+            ("--moe-a2a-scale-per=chunk", "encodes with dithered", "use --moe-a2a-codec=rq"),
         ),
         (
             {"compress": "rq", "backward_codec": "dithered", "scale_per": "chunk"},

@@ -22,7 +22,8 @@ const QuantizePack<T>& kernels_of(Isa isa) {
 // `row_scales` may be null: each row's largest magnitude, which then goes into the message too.
 template <typename T>
 void quantize_pack_rows(const T* rows, const float* row_scales, uint8_t* message, int64_t hidden,
-                        const std::vector<Segment>& segments, const RandomStream& random) {
+                        const std::vector<Segment>& segments, const RandomStream& random,
+                        bool mid_rise) {
   const QuantizePack<T>& kernels = kernels_of<T>(selected_isa());
   for_each_row(segments, hidden, [&](const Segment& segment, int64_t i) {
     const int num_bits = segment.num_bits;
@@ -37,8 +38,9 @@ void quantize_pack_rows(const T* rows, const float* row_scales, uint8_t* message
     }
     uint8_t* const packed = message + segment.codes_offset + i * packed_bytes(hidden, num_bits);
     if (is_usable(scale)) {
-      kernels.encode[num_bits](values, hidden, static_cast<uint32_t>(row),
-                               inverse_of(scale, num_bits), random, packed);
+      const float top = top_of(num_bits, mid_rise);
+      kernels.encode[num_bits](values, hidden, static_cast<uint32_t>(row), inverse_of(scale, top),
+                               top, random, packed);
     } else {
       pack_row_of(levels(num_bits), hidden, num_bits, packed);
     }
@@ -47,7 +49,7 @@ void quantize_pack_rows(const T* rows, const float* row_scales, uint8_t* message
 
 void quantize_pack(const at::Tensor& rows, const std::optional<at::Tensor>& row_scales,
                    const at::Tensor& message, at::IntArrayRef table, int64_t key, int64_t offset,
-                   int64_t stream) {
+                   int64_t stream, bool mid_rise) {
   const std::vector<Segment> segments = checked_segments(table, rows, row_scales, message);
   check_32_bits("offset", offset);
   check_32_bits("stream", stream);
@@ -58,10 +60,11 @@ void quantize_pack(const at::Tensor& rows, const std::optional<at::Tensor>& row_
   const int64_t hidden = rows.size(1);
   if (rows.scalar_type() == at::kBFloat16) {
     quantize_pack_rows(static_cast<const Bf16*>(rows.const_data_ptr()), scales, bytes, hidden,
-                       segments, random);
+                       segments, random, mid_rise);
   } else {
     const at::Tensor float_rows = rows.to(at::kFloat);
-    quantize_pack_rows(float_rows.const_data_ptr<float>(), scales, bytes, hidden, segments, random);
+    quantize_pack_rows(float_rows.const_data_ptr<float>(), scales, bytes, hidden, segments, random,
+                       mid_rise);
   }
 }
 

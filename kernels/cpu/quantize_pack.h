@@ -13,9 +13,9 @@ struct QuantizePack {
   // Returns the largest magnitude of `hidden` values, as the bits of a float32.
   uint32_t (*absmax_bits)(const T* values, int64_t hidden);
   // Writes packed_bytes(hidden, num_bits) bytes of codes; indexed by num_bits. `inverse` is that of
-  // a usable scale.
+  // a usable scale, `top` the outermost level.
   void (*encode[kMaxBits + 1])(const T* values, int64_t hidden, uint32_t row, float inverse,
-                               const RandomStream& random, uint8_t* packed);
+                               float top, const RandomStream& random, uint8_t* packed);
 };
 
 template <typename T>

@@ -83,10 +83,10 @@ struct Rows<Bf16> {
 };
 
 template <typename T, int kBits>
-MMC_TARGET void encode(const T* values, int64_t hidden, uint32_t row, float inverse,
+MMC_TARGET void encode(const T* values, int64_t hidden, uint32_t row, float inverse, float top,
                        const RandomStream& random, uint8_t* packed) {
   const PhiloxRow philox_row(row, random);
-  const FixedPoint fixed_point{_mm256_set1_ps(inverse), _mm256_set1_ps(levels(kBits) * kOne)};
+  const FixedPoint fixed_point{_mm256_set1_ps(inverse), _mm256_set1_ps(top)};
   __m256i groups = load(Rows<T>::kGroupOfLane);
   int64_t column = 0;
   for (; column + kBlocks * kColumns <= hidden; column += kBlocks * kColumns) {

@@ -134,10 +134,10 @@ MMC_TARGET_INLINE void encode_blocks(const Row& row, __m512i groups, const T* va
 
 template <typename T, int kBits>
 MMC_TARGET void encode(const T* values, int64_t hidden, uint32_t row_number, float inverse,
-                       const RandomStream& random, uint8_t* packed) {
+                       float top, const RandomStream& random, uint8_t* packed) {
   const Row row{PhiloxRow(row_number, random),
                 random,
-                {_mm512_set1_ps(inverse), _mm512_set1_ps(levels(kBits) * kOne)},
+                {_mm512_set1_ps(inverse), _mm512_set1_ps(top)},
                 hidden};
   __m512i groups = _mm512_load_si512(kGroupOfLane);
   int64_t column = 0;

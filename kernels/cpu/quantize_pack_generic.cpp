@@ -8,9 +8,8 @@ namespace moe_comp {
 namespace {
 
 template <typename T, int kBits>
-void encode(const T* values, int64_t hidden, uint32_t row, float inverse,
+void encode(const T* values, int64_t hidden, uint32_t row, float inverse, float top,
             const RandomStream& random, uint8_t* packed) {
-  const float top = levels(kBits) * kOne;
   for (int64_t column = 0; column < hidden; column += 8) {
     uint32_t words[4];
     philox4x32(static_cast<uint32_t>(column / 8), row, random.offset, random.stream, random.key,

@@ -36,10 +36,10 @@ void unpack_dithered_rows(const uint8_t* message, T* rows, int64_t hidden,
     const Sender& sender = senders[segment.number];
     float scale;
     std::memcpy(&scale, message + segment.scales_offset + i * sizeof scale, sizeof scale);
-    const float unit = step_of(scale, num_bits) / kOne;
-    // No value is more than 2.5 scales: at 2 bits, 1 level up to 1.5, and one that none writes.
+    const float unit = dithered_unit_of(scale, num_bits);
+    // No value is more than 4/3 scales: the top level of 2 bits, 1.5, and half a step.
     const UnpackDithered<T>& row_kernels =
-        2.5f * scale <= largest ? kernels : unpack_dithered_generic<T>();
+        1.5f * scale <= largest ? kernels : unpack_dithered_generic<T>();
     row_kernels.decode[num_bits](
         message + segment.codes_offset + i * packed_bytes(hidden, num_bits), hidden,
         sender.first_row + static_cast<uint32_t>(i), unit, sender.random, largest,

@@ -26,7 +26,7 @@ MMC_TARGET_INLINE void spread_halves(Words words, __m256i (&halves)[kGroups]) {
 template <int kBits>
 MMC_TARGET_INLINE __m256 dequantize(uint64_t octets, __m256i half, float unit) {
   const __m256i codes = unpack<kBits>(_mm256_set1_epi64x(static_cast<int64_t>(octets)));
-  const __m256i origin = _mm256_set1_epi32(32768 - levels(kBits) * 65536);
+  const __m256i origin = _mm256_set1_epi32(-levels(kBits) * 65536);
   const __m256i fixed_point =
       _mm256_sub_epi32(_mm256_add_epi32(_mm256_slli_epi32(codes, 16), origin), half);
   return _mm256_mul_ps(_mm256_cvtepi32_ps(fixed_point), _mm256_set1_ps(unit));

@@ -85,7 +85,7 @@ template <typename T, int kBits, bool kStreaming>
 MMC_TARGET_INLINE void decode_row(const uint8_t* packed, int64_t hidden, uint32_t row_number,
                                   float unit, const RandomStream& random, T* values) {
   const PhiloxRow row(row_number, random);
-  const Levels row_levels{_mm512_set1_epi32(32768 - levels(kBits) * 65536), _mm512_set1_ps(unit)};
+  const Levels row_levels{_mm512_set1_epi32(-levels(kBits) * 65536), _mm512_set1_ps(unit)};
   __m512i groups = _mm512_load_si512(kGroupOfLane);
   int64_t column = 0;
   for (; column + kBlocks * kColumns <= hidden; column += kBlocks * kColumns) {

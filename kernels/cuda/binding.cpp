@@ -65,14 +65,15 @@ uint32_t checked_word(const char* name, int64_t value) {
 
 void quantize_pack(const at::Tensor& rows, const OptionalTensor& row_scales,
                    const at::Tensor& message, at::IntArrayRef table, int64_t key, int64_t offset,
-                   int64_t stream) {
+                   int64_t stream, bool mid_rise) {
   check(table, rows, row_scales, message);
   const RandomStream random = {static_cast<uint64_t>(key), checked_word("offset", offset),
                                checked_word("stream", stream)};
   const c10::cuda::CUDAGuard guard(rows.device());
   const at::Tensor source = has_kernel(rows) ? rows : rows.to(at::kFloat);
   const OpCall call = call_of(source, row_scales, message, table);
-  C10_CUDA_CHECK(moe_comp_quantize_pack(&call, &random, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      moe_comp_quantize_pack(&call, &random, mid_rise, c10::cuda::getCurrentCUDAStream()));
 }
 
 // Calls `launch` with the arguments of an op that writes rows. Rows of a type without a kernel are

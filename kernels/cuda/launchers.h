@@ -65,7 +65,8 @@ extern "C" {
 
 // Enqueues the op on a stream and returns at once; reads call->rows, writes call->message.
 cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
-                                   const moe_comp::RandomStream* random, cudaStream_t stream);
+                                   const moe_comp::RandomStream* random, bool mid_rise,
+                                   cudaStream_t stream);
 
 // Enqueues the op on a stream and returns at once; reads call->message, writes call->rows.
 cudaError_t moe_comp_unpack_dequantize(const moe_comp::OpCall* call, cudaStream_t stream);

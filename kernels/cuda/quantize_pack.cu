@@ -21,6 +21,7 @@ struct QuantizeParams {
   uint8_t* message;
   RandomStream random;
   int32_t hidden;
+  bool mid_rise;
   SegmentTable table;
 };
 
@@ -104,7 +105,7 @@ __device__ uint32_t team_max(uint32_t value, uint32_t* warps) {
   return value;
 }
 
-// How the values of one row become codes. All values of a row without a usable scale are zeros.
+// How the values of one row become codes. All codes of a row without a usable scale are L.
 struct RowQuantizer {
   uint32_t row;
   int num_bits;
@@ -112,12 +113,12 @@ struct RowQuantizer {
   float inverse;
   float top;
 
-  __device__ RowQuantizer(uint32_t row_number, float scale, int bits)
+  __device__ RowQuantizer(uint32_t row_number, float scale, int bits, bool mid_rise)
       : row(row_number),
         num_bits(bits),
         mask(is_usable(scale) ? 0xffffffffu : 0),
-        inverse(is_usable(scale) ? inverse_of(scale, bits) : 0.0f),
-        top(levels(bits) * kOne) {}
+        inverse(is_usable(scale) ? inverse_of(scale, top_of(bits, mid_rise)) : 0.0f),
+        top(top_of(bits, mid_rise && is_usable(scale))) {}
 
   // The codes of a group as a little-endian stream of bits. Codes do not overlap, so adding puts
   // them side by side.
@@ -181,7 +182,8 @@ __global__ void __launch_bounds__(kThreads)
           if (lane == 0) put_bytes(scales, offset, float_bits(scale), 4);
         }
       }
-      const RowQuantizer quantizer(static_cast<uint32_t>(row_number), scale, tile.num_bits);
+      const RowQuantizer quantizer(static_cast<uint32_t>(row_number), scale, tile.num_bits,
+                                   p.mid_rise);
       const int offset = stage_offset(part_target) + row * row_bytes - first * tile.num_bits;
       for (int i = first + lane; i < last; i += kTeam) {
         const bool is_kept = !kLong || i < kKeptGroups;
@@ -229,7 +231,8 @@ cudaError_t launch_rows(const OpCall& call, QuantizeParams& params, cudaStream_t
 }  // namespace moe_comp
 
 cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
-                                   const moe_comp::RandomStream* random, cudaStream_t stream) {
+                                   const moe_comp::RandomStream* random, bool mid_rise,
+                                   cudaStream_t stream) {
   using namespace moe_comp;
   if (call->hidden < 0 || call->hidden > kMaxHidden) return cudaErrorInvalidValue;
   QuantizeParams params = {};
@@ -238,6 +241,7 @@ cudaError_t moe_comp_quantize_pack(const moe_comp::OpCall* call,
   params.message = call->message;
   params.random = *random;
   params.hidden = static_cast<int32_t>(call->hidden);
+  params.mid_rise = mid_rise;
   switch (call->row_type) {
     case RowType::kFloat32:
       return launch_rows<Float32>(*call, params, stream);

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
 
   for (int row = team; row < tile.num_rows; row += kTeams) {
     const uint32_t scale = get_bits(scales, 8 * (stage_offset(scales_source) + 4 * row));
-    const float unit = mul_rn(step_of(bits_float(scale), tile.num_bits), 1 / kOne);
+    const float unit = dithered_unit_of(bits_float(scale), tile.num_bits);
     const uint32_t number = sender.first_row + static_cast<uint32_t>(tile.segment_row + row);
     const uint32_t first_bit = 8 * (stage_offset(codes_source) + row * row_bytes);
     auto* target = static_cast<typename Row::Bits*>(p.rows) +

@@ -82,7 +82,9 @@ def _measured_decision(args: Namespace, config: CompressionConfig) -> _Decision:
     if "nccl" in args.distributed_backend:
         device = torch.device("cuda", args.local_rank)
     group = parallel_state.get_expert_model_parallel_group()
-    machine = measure_machine(model, layout, group, device, ("rq", "identity"))
+    codings = [c for found in safe_configs(config, layout) for c in (found.forward, found.backward)]
+    codecs = dict.fromkeys([*(coding.codec for coding in codings), "identity"])
+    machine = measure_machine(model, layout, group, device, codecs)
     return decide(config, model, layout, machine)
 
 
@@ -95,7 +97,7 @@ def decide(config: CompressionConfig, model: Model, layout: Layout, machine: Mac
     )
     choice = choose(stock, predictions)
     link = machine.far if layout.far_peers else machine.near
-    speed = machine.codecs["rq"]
+    speed = machine.codecs[candidates[0].forward.codec]
     measured = {
         "link_gbs": link.bandwidth / 1e9,
         "link_latency_us": link.latency * 1e6,

@@ -19,22 +19,24 @@ WIDTHS = range(2, MAX_BITS + 1)
 SCALE_BYTES = 2
 
 MAGNITUDES = {
-    2: (0.4527800381, 1.510417581),
-    3: (0.2450941801, 0.7560052872, 1.343909264, 2.151945591),
+    2: (0.512579519, 1.709901215),
+    3: (0.2525893769, 0.779124595, 1.385007219, 2.217754118),
     4: (
-        *(0.1283950359, 0.3880482912, 0.6567591429, 0.9423404336),
-        *(1.256231189, 1.618046403, 2.069017172, 2.732589483),
+        *(0.1296214479, 0.3917549027, 0.6630324239, 0.9513416097),
+        *(1.268230607, 1.633501823, 2.088780297, 2.758691026),
     ),
 }
-"""The magnitudes of the 2^b levels that represent normal values of variance 1 with the least mean
-square error (Lloyd, 1957; Max, 1960), to the precision of float32."""
+"""The magnitudes of the 2^b levels that represent normal values of variance 1, to the precision of
+float32: those of the least mean square error D (Lloyd, 1957; Max, 1960), divided by E[x * level],
+which is 1 - D but for the rounding of the thresholds. Each of the former is the mean of its values
+and so makes rows shorter; divided, the error is uncorrelated with the value, at D / (1 - D)."""
 
 CELLS = 50
 """Cells per root mean square of a row, which are counted to choose a level."""
 
 THRESHOLDS = {2: (49,), 3: (25, 52, 87), 4: (13, 26, 40, 55, 72, 92, 120)}
-"""The cells at which the next level is the nearest: to within half a cell, in the middle between
-two levels. Whole numbers fit a byte, and the error is 0.1% from the least."""
+"""The cells at which the next of Lloyd's levels is the nearest: to within half a cell, midway
+between two of them. Whole numbers fit a byte, and the error is 0.1% from the least."""
 
 _LANES = 32
 _CHUNK = 1024
@@ -71,9 +73,9 @@ def rms(rows: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_levels(rows: torch.Tensor, scales: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Returns codes, uint8 [N, H]: which level is nearest, the most negative one being 0.
+    """Returns codes, uint8 [N, H]: whose level it becomes, the most negative one's being 0.
 
-    For example, with a root mean square of 1 and 2 bits, levels -1.51, -0.45, 0.45 and 1.51:
+    For example, with a root mean square of 1 and 2 bits, levels -1.71, -0.51, 0.51 and 1.71:
 
         x = -2.0  ->  cell -100, like 99; the threshold is 49: code 0
         x = -0.01 ->  cell -1, like 0: code 1

@@ -12,12 +12,12 @@ from megatron_moe_comp.ops.segments import blocks, check
 
 SCHEMA = (
     "(Tensor rows, Tensor? row_scales, Tensor(a!) message, int[] segments, "
-    "int key, int offset, int stream) -> ()"
+    "int key, int offset, int stream, bool mid_rise=False) -> ()"
 )
 
 SMALLEST_SCALE = 2.0**-100
-"""A row whose largest magnitude is below this (8e-31) is a row of zeros: L / scale must not
-overflow float32."""
+"""A row whose largest magnitude is below this (8e-31) is a row of zeros: the inverse of its step
+must not overflow float32."""
 
 _ONE = 65536.0
 """1 in the 16.16 fixed point in which values are rounded."""
@@ -26,6 +26,11 @@ _ONE = 65536.0
 def levels(num_bits: int) -> int:
     """Returns L, the number of magnitude levels of a signed code: 2^(b-1) - 1."""
     return (1 << (num_bits - 1)) - 1
+
+
+def top_level(num_bits: int, *, mid_rise: bool) -> float:
+    """Returns the outermost level: L, or with mid-rise levels L + 1/2, as none is at zero."""
+    return levels(num_bits) + 0.5 * mid_rise
 
 
 def packed_bytes(num_values: int, num_bits: int) -> int:
@@ -58,6 +63,7 @@ def quantize(
     key: int,
     offset: int,
     stream: int,
+    mid_rise: bool = False,
 ) -> torch.Tensor:
     """Returns codes q + L in [0, 2L], uint8 [N, H], with E[q * scale / L] = x.
 
@@ -72,18 +78,23 @@ def quantize(
         x = 0.5  ->  u = 1.5   q = 1 or 2, equally likely
         x = -1.0 ->  u = -3.0  q = -3
 
+    With mid-rise levels, u = x / s * (L + 1/2) and the codes, floor(u + L + 1/2 + r) with r the
+    random part of 1, are in [0, 2L + 1]: the steps are smaller and no code is left over, but only
+    with r can a code be decoded without a bias: see `dequantize_dithered`.
+
     Args:
         rows: [N, H] of any floating-point dtype; arithmetic is in float32.
         row_scales: float32 [N], s >= max|x| of the row. With a scale below `SMALLEST_SCALE` or not
-            finite, every code of the row is L, a zero.
+            finite, every code of the row is L.
         num_bits: 2 to 8.
         first_row: number of the first row in the random stream.
         key: with offset and stream, which random numbers are used; see `philox`.
         offset: see key.
         stream: see key.
+        mid_rise: whether levels are odd multiples of half a step, so that all 2^b are in use.
     """
     num_rows, hidden = rows.shape
-    top = levels(num_bits) * _ONE
+    top = top_level(num_bits, mid_rise=mid_rise) * _ONE
     usable = torch.isfinite(row_scales) & (row_scales >= SMALLEST_SCALE)
     scales = torch.where(usable, row_scales, 1.0)
     # Of two tensors, because torch divides a number by multiplying with a rounded reciprocal.
@@ -93,7 +104,8 @@ def quantize(
     inverse = torch.where(inverse * scales > top, below, inverse)
     # Each operation rounds once, to nearest; a fused multiply-add would give other bytes.
     shifted = rows.float() * inverse[:, None] + top
-    fixed_point = torch.where(usable[:, None], shifted, top).round_().to(torch.int32)
+    zero = levels(num_bits) * _ONE
+    fixed_point = torch.where(usable[:, None], shifted, zero).round_().to(torch.int32)
     row_numbers = torch.arange(first_row, first_row + num_rows, device=rows.device)
     halves = random_halves(row_numbers, -(-hidden // 8), key=key, offset=offset, stream=stream)
     return ((fixed_point + halves.flatten(1)[:, :hidden]) >> 16).to(torch.uint8)
@@ -130,6 +142,7 @@ def _reference(
     key: int,
     offset: int,
     stream: int,
+    mid_rise: bool = False,
 ) -> None:
     check(segments, rows, row_scales, message)
     if not (0 <= offset < 2**32 and 0 <= stream < 2**32):
@@ -142,7 +155,8 @@ def _reference(
             message[scales_offset : scales_offset + 4 * num_rows] = scales.view(torch.uint8)
         else:
             scales = row_scales[first : first + num_rows]
-        codes = quantize(part, scales, num_bits, first, key=key, offset=offset, stream=stream)
+        random = {"key": key, "offset": offset, "stream": stream}
+        codes = quantize(part, scales, num_bits, first, **random, mid_rise=mid_rise)
         packed = pack(codes, num_bits).flatten()
         message[codes_offset : codes_offset + packed.numel()] = packed
 
@@ -155,6 +169,7 @@ def _fake(
     key: int,
     offset: int,
     stream: int,
+    mid_rise: bool = False,
 ) -> None:
     return None
 
@@ -173,6 +188,7 @@ def quantize_pack(
     key: int,
     offset: int,
     stream: int,
+    mid_rise: bool = False,
 ) -> None:
     """Writes rows, quantized and packed, into a message; see `absmax`, `quantize` and `pack`.
 
@@ -189,7 +205,8 @@ def quantize_pack(
         key: 64 bits, with offset and stream (32 bits each) which random numbers are used.
         offset: see key.
         stream: see key.
+        mid_rise: see `quantize`.
     """
     torch.ops.megatron_moe_comp.quantize_pack(
-        rows, row_scales, message, segments, key, offset, stream
+        rows, row_scales, message, segments, key, offset, stream, mid_rise
     )

@@ -1,4 +1,4 @@
-"""unpack_dithered: quantize_pack's codes back to float rows, less the random part of the rounding.
+"""unpack_dithered: mid-rise codes back to float rows, less the random part of their rounding.
 
 Shapes: N rows, H columns, b bits, B = ceil(H * b / 8) bytes per row.
 """
@@ -9,7 +9,7 @@ from itertools import batched
 import torch
 
 from megatron_moe_comp.ops.philox import random_halves
-from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, packed_bytes
+from megatron_moe_comp.ops.quantize_pack import SMALLEST_SCALE, levels, packed_bytes, top_level
 from megatron_moe_comp.ops.segments import FIELDS, blocks, check
 from megatron_moe_comp.ops.unpack_dequantize import unpack
 
@@ -30,18 +30,18 @@ def dequantize_dithered(
 ) -> torch.Tensor:
     """Returns values whose error is uniform within half a step, whatever they were; float32 [N, H].
 
-    `quantize` rounds x / s * L + L to a multiple f of 1 / 65536, adds sixteen random bits r and
-    keeps the whole part q of the sum: f is q - r and a fraction below 1, that is uniform since r
-    is. Half a step in place of the fraction gives subtractive dithering: unbiased, of variance
-    (s / L)^2 / 12, half of what remains on average without knowing r.
-    For example, with s = 1, 3 bits (L = 3) and code 5, which is level 2:
+    `quantize` rounds x / s * t + t, with the top level t = L + 1/2, to a multiple f of 1 / 65536,
+    adds sixteen random bits r and keeps the whole part q of the sum: f is q - r and a fraction
+    below 1, that is uniform since r is. Half a step in place of the fraction gives subtractive
+    dithering: unbiased, of variance (s / t)^2 / 12. Half a step less t is -L.
+    For example, with s = 1, 3 bits (L = 3, t = 3.5) and code 5:
 
-        r = 0      ->  2.5 / 3 = 0.833
-        r = 32768  ->  2.0 / 3 = 0.667
-        r = 65535  ->  1.5 / 3 = 0.500
+        r = 0      ->  2.0 / 3.5 = 0.571
+        r = 32768  ->  1.5 / 3.5 = 0.429
+        r = 65535  ->  1.0 / 3.5 = 0.286
 
     Args:
-        codes: uint8 [N, H], as `quantize` returns them.
+        codes: uint8 [N, H], as `quantize` returns them with mid-rise levels.
         scales: float32 [N]; NaN gives a row of NaN, below `SMALLEST_SCALE` one of zeros.
         num_bits: 2 to 8.
         first_row: number of the first row in the random stream.
@@ -50,13 +50,13 @@ def dequantize_dithered(
         stream: see key.
     """
     num_rows, hidden = codes.shape
-    top = levels(num_bits)
     rows = torch.arange(first_row, first_row + num_rows, device=codes.device)
     halves = random_halves(rows, -(-hidden // 8), key=key, offset=offset, stream=stream)
     # At most 24 bits, which a float32 holds.
-    fixed_point = (codes.to(torch.int32) - top << 16) - halves.flatten(1)[:, :hidden] + (1 << 15)
-    step = torch.where(scales < SMALLEST_SCALE, 0.0, scales) / torch.full_like(scales, top)
-    return fixed_point.float() * (step * 2.0**-16)[:, None]
+    fixed_point = (codes.to(torch.int32) - levels(num_bits) << 16) - halves.flatten(1)[:, :hidden]
+    top = torch.full_like(scales, top_level(num_bits, mid_rise=True) * 2.0**16)
+    unit = torch.where(scales < SMALLEST_SCALE, 0.0, scales) / top
+    return fixed_point.float() * unit[:, None]
 
 
 def _reference(
@@ -131,7 +131,8 @@ def unpack_dithered(
     Values beyond the range of the rows' dtype become its largest.
 
     Args:
-        message: uint8 [bytes], as `quantize_pack` left it with scales of its own.
+        message: uint8 [bytes], as `quantize_pack` left it, with mid-rise levels and scales of
+            its own.
         rows: [N, H], contiguous, of any floating-point dtype; only the rows of the segments are
             written.
         segments: see `segments`; first_row is where the rows go.

@@ -39,7 +39,7 @@ from megatron_moe_comp.plan.shape import (
     model_of_args,
 )
 
-MEASURED_CODECS = ("rq", "identity", "bf16", "fp8", "mxfp8")
+MEASURED_CODECS = ("rq", "dithered", "gaussian", "identity", "bf16", "fp8", "mxfp8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -87,10 +87,10 @@ def codec_speeds(
     Args:
         memory_bandwidth: bytes per second, read and written.
         value_bytes: of a value of a row.
-        share: of rq; identity only copies.
+        share: of rq, dithered and gaussian; identity only copies.
     """
     shares = dict.fromkeys(("bf16", "fp8", "mxfp8"), PYTORCH_CODEC_SHARE)
-    shares |= {"rq": share, "identity": 0.5}
+    shares |= dict.fromkeys(("rq", "dithered", "gaussian"), share) | {"identity": 0.5}
     speed = {name: part * memory_bandwidth / value_bytes for name, part in shares.items()}
     return {name: CodecSpeed(rate, rate, MESSAGE_S) for name, rate in speed.items()}
 

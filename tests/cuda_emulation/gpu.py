@@ -23,6 +23,7 @@ class GpuKernels:
         message: np.ndarray,
         segments: Sequence[int],
         random: tuple[int, int, int],
+        mid_rise: bool = False,
     ) -> None:
         """Writes into the message; `random` is key, offset and stream."""
         written = self._copy(message, torch.uint8)
@@ -32,6 +33,7 @@ class GpuKernels:
             written,
             segments,
             *random,
+            mid_rise,
         )
         message[:] = written.cpu().numpy()
 

@@ -51,11 +51,12 @@ class EmulatedKernels:
         message: np.ndarray,
         segments: Sequence[int],
         random: tuple[int, int, int],
+        mid_rise: bool = False,
     ) -> None:
         """Writes into the message; `random` is key, offset and stream."""
         call = _call(rows, row_type, row_scales, message, segments)
-        words = ctypes.byref(_RandomStream(*random))
-        launch(self._quantize, "moe_comp_quantize_pack", self.reverse, call, words)
+        words = ctypes.byref(_RandomStream(*random)), ctypes.c_bool(mid_rise)
+        launch(self._quantize, "moe_comp_quantize_pack", self.reverse, call, *words)
 
     def unpack_dequantize(
         self,

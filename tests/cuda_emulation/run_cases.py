@@ -85,13 +85,16 @@ def digest(kernels: EmulatedKernels, dithering: EmulatedDithering, few_blocks: b
             case.rows, case.row_type, case.row_scales, message, case.segments, random
         )
         if case.row_scales is None:
-            decoded, senders = np.zeros_like(case.rows), []
+            decoded, senders, dithered = np.zeros_like(case.rows), [], np.full_like(message, 0xFF)
+            kernels.quantize_pack(
+                case.rows, case.row_type, None, dithered, case.segments, random, mid_rise=True
+            )
             for i in range(len(case.segments) // 5):
                 senders += [7 * i, random[0] + i]
             dithering.unpack_dithered(
-                message, decoded, case.row_type, case.segments, senders, random[1:]
+                dithered, decoded, case.row_type, case.segments, senders, random[1:]
             )
-            digest.update(decoded.tobytes())
+            digest.update(dithered.tobytes() + decoded.tobytes())
         rows = case.rows  # in place: what is not written stays
         kernels.unpack_dequantize(message, case.row_scales, rows, case.row_type, case.segments)
         digest.update(message.tobytes() + rows.tobytes())

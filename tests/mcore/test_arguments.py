@@ -32,14 +32,14 @@ def test_defaults(monkeypatch):
 
 def test_flags_reach_the_config(monkeypatch):
     options = (
-        "--moe-a2a-compress=birdmoe --moe-a2a-bits=3 --moe-a2a-scale-per=chunk --moe-a2a-seed=9 "
+        "--moe-a2a-compress=birdmoe --moe-a2a-bits=5 --moe-a2a-scale-per=chunk --moe-a2a-seed=9 "
         "--moe-a2a-wires dispatch_fwd combine_bwd --moe-a2a-stats-json=x.json "
         "--moe-a2a-bit-policy=proportional --moe-a2a-min-bits=3 --moe-a2a-max-bits=7 "
         "--moe-a2a-scope=inter-node --moe-a2a-ranks-per-node=1 --moe-a2a-dedup"
     )
     assert config(monkeypatch, options) == CompressionConfig(
         moe_a2a_compress="birdmoe",
-        moe_a2a_bits=3,
+        moe_a2a_bits=5,
         moe_a2a_scale_per="chunk",
         moe_a2a_seed=9,
         moe_a2a_wires=("dispatch_fwd", "combine_bwd"),

@@ -13,7 +13,7 @@ from megatron_moe_comp.plan.shape import Layout, Model, Stack
 AUTO = CompressionConfig(moe_a2a_compress="auto", moe_a2a_seed=3)
 MODEL = Model((Stack(2, 2, 256),), 512, 2048, 2048, 8, 2, 4, 64, dtype="float32", vocab_size=1000)
 LAYOUT = Layout(4, 4, 1)
-FAST_CODEC = {"rq": CodecSpeed(2e9, 4e9, 1e-6)}
+FAST_CODEC = dict.fromkeys(("rq", "dithered", "gaussian"), CodecSpeed(2e9, 4e9, 1e-6))
 MACHINE = Machine(1e13, 1e10, Link(1e8, 1e-5), Link(1e8, 1e-5), FAST_CODEC)
 
 

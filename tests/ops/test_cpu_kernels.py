@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_moe_comp import ops
 from megatron_moe_comp.ops.philox import random_halves
 from megatron_moe_comp.ops.quantize_pack import _reference as quantize_pack_reference
-from megatron_moe_comp.ops.quantize_pack import absmax, levels, packed_bytes
+from megatron_moe_comp.ops.quantize_pack import absmax, levels, packed_bytes, top_level
 from megatron_moe_comp.ops.unpack_dequantize import _reference as unpack_dequantize_reference
 
 ISA_VARIABLE = "MEGATRON_MOE_COMP_CPU_ISA"
@@ -21,8 +21,8 @@ if not ops.is_compiled("cpu"):
     pytest.skip("the C++ kernels are not built: run scripts/setup.sh", allow_module_level=True)
 
 
-def reference(*args, key, offset, stream):
-    quantize_pack_reference(*args, key, offset, stream)
+def reference(*args, key, offset, stream, mid_rise=False):
+    quantize_pack_reference(*args, key, offset, stream, mid_rise)
 
 
 def encode(kernel, rows, row_scales, segments, num_bytes, **random):
@@ -89,7 +89,8 @@ def test_special_rows(isa, num_bits, dtype):
         message = assert_same_encoding(rows, None, segments, num_bytes)
         assert_same_decoding(message, None, rows, segments)
         scales = absmax(rows)
-        assert_same_encoding(rows, scales, segments, num_bytes)
+        for mid_rise in (False, True):
+            assert_same_encoding(rows, scales, segments, num_bytes, mid_rise=mid_rise)
         assert_same_decoding(message, scales * 2, rows, segments)
 
 
@@ -101,12 +102,13 @@ def test_special_rows(isa, num_bits, dtype):
     key=st.integers(-(2**63), 2**63 - 1),
     offset=WORDS,
     stream=WORDS,
+    mid_rise=st.booleans(),
     given_scales=st.booleans(),
     seed=WORDS,
 )
 @settings(max_examples=150, deadline=None)
 def test_mixed_segments_with_gaps(
-    isa, hidden, sizes, gaps, dtype, key, offset, stream, given_scales, seed
+    isa, hidden, sizes, gaps, dtype, key, offset, stream, mid_rise, given_scales, seed
 ):
     """Bytes and rows between the segments stay as they were, too."""
     segments, num_rows, num_bytes = layout(hidden, sizes, gaps)
@@ -114,7 +116,7 @@ def test_mixed_segments_with_gaps(
     magnitudes = torch.rand(num_rows, 1, generator=generator).mul(8).exp()
     rows = (torch.randn(num_rows, hidden, generator=generator) * magnitudes).to(dtype)
     scales = absmax(rows) * 1.5 if given_scales else None
-    random = {"key": key, "offset": offset, "stream": stream}
+    random = {"key": key, "offset": offset, "stream": stream, "mid_rise": mid_rise}
     message = assert_same_encoding(rows, scales, segments, num_bytes, **random)
     assert_same_decoding(message, scales, rows, segments)
 
@@ -131,19 +133,21 @@ def test_decoding_of_any_bytes(isa, num_bits, dtype):
         assert_same_decoding(message, None, rows, segments)
 
 
+@pytest.mark.parametrize("mid_rise", [False, True])
 @pytest.mark.parametrize("num_bits", BITS)
-def test_values_at_the_edge_of_a_code(isa, num_bits):
+def test_values_at_the_edge_of_a_code(isa, num_bits, mid_rise):
     """Where the random bits just reach the next code, any operation rounded otherwise shows."""
     generator = torch.Generator().manual_seed(num_bits)
     scales = torch.randint(0x0D000000, 0x7F800000, (1000, 1), generator=generator)
     scales = scales.int().view(torch.float32)
-    top = levels(num_bits) * 65536
-    codes = torch.randint(1, 2 * levels(num_bits) + 1, (1000, 64), generator=generator)
+    top = top_level(num_bits, mid_rise=mid_rise) * 65536
+    last = 2 * levels(num_bits) + mid_rise
+    codes = torch.randint(1, last + 1, (1000, 64), generator=generator)
     edges = codes * 65536 - random_halves(torch.arange(1000), 8, **RANDOM).flatten(1)
     rows = ((edges - top).double() / top * scales).float()
     rows[:, :1] = scales
     segments, _, num_bytes = layout(64, [(1000, num_bits)])
-    message = assert_same_encoding(rows, None, segments, num_bytes)
+    message = assert_same_encoding(rows, None, segments, num_bytes, mid_rise=mid_rise)
     assert_same_decoding(message, None, rows, segments)
 
 

@@ -54,7 +54,7 @@ def test_special_rows(isa, num_bits, dtype):
         rows = special_rows(hidden, dtype)
         segments, _, num_bytes = layout(hidden, [(len(rows), num_bits)])
         message = torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
-        ops.quantize_pack(rows, None, message, segments, key=KEY, **RANDOM)
+        ops.quantize_pack(rows, None, message, segments, key=KEY, **RANDOM, mid_rise=True)
         assert_dithered(message, rows, segments, [0, KEY])
         if num_bits <= 4:
             segments, _, num_bytes = layout(hidden, [(len(rows), num_bits)], scale_bytes=2)
@@ -81,7 +81,7 @@ def test_mixed_segments_with_gaps(isa, hidden, sizes, gaps, senders, dtype, seed
     segments, num_rows, num_bytes = layout(hidden, sizes, gaps)
     rows = torch.randn(num_rows, hidden, generator=generator)
     message = torch.randint(0, 256, (num_bytes,), generator=generator, dtype=torch.uint8)
-    ops.quantize_pack(rows, None, message, segments, key=seed, **RANDOM)
+    ops.quantize_pack(rows, None, message, segments, key=seed, **RANDOM, mid_rise=True)
     assert_dithered(message, rows.to(dtype), segments, senders)
     sizes = [(num_rows, 2 + num_bits % 3) for num_rows, num_bits in sizes]
     segments, num_rows, num_bytes = layout(hidden, sizes, gaps, scale_bytes=2)
@@ -93,7 +93,7 @@ def test_mixed_segments_with_gaps(isa, hidden, sizes, gaps, senders, dtype, seed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_bits", range(2, 9))
 def test_decoding_of_any_bytes(isa, num_bits, dtype):
-    """Scales of every bit pattern, and the code 2L + 1 that no encoder writes."""
+    """Scales of every bit pattern."""
     generator = torch.Generator().manual_seed(num_bits)
     for hidden in (13, 200):
         rows = torch.empty(100, hidden, dtype=dtype)

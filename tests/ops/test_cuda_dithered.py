@@ -61,7 +61,7 @@ def test_special_rows(kernels, num_bits, dtype):
         rows = special_rows(hidden, dtype)
         table, _, num_bytes = layout(hidden, [(len(rows), num_bits)])
         message = torch.zeros(num_bytes, dtype=torch.uint8)
-        quantize_pack(rows, None, message, table, 99, *RANDOM)
+        quantize_pack(rows, None, message, table, 99, *RANDOM, True)
         check(kernels, message, rows, table, [0, 99])
 
 
@@ -83,7 +83,7 @@ def test_layouts(kernels, sizes, gaps, hidden, dtype, seed):
     table, num_rows, num_bytes = layout(hidden, sizes, gaps)
     rows = torch.randn(num_rows, hidden, generator=torch.Generator().manual_seed(seed)).to(dtype)
     message = torch.zeros(num_bytes, dtype=torch.uint8)
-    quantize_pack(rows, None, message, table, seed, *RANDOM)
+    quantize_pack(rows, None, message, table, seed, *RANDOM, True)
     check(kernels, message, rows, table, senders_of(table, seed))
 
 

@@ -60,14 +60,14 @@ def segments_of(hidden, widths, *, first=0, start=5, gap=3):
     return table, end, first
 
 
-def check(kernels, rows, table, message_bytes, row_scales=None, random=RANDOM):
+def check(kernels, rows, table, message_bytes, row_scales=None, random=RANDOM, mid_rise=False):
     """Both ops give the bytes of the reference and touch no other."""
     expected = torch.full((message_bytes,), 0xFF, dtype=torch.uint8)
     message = expected.clone()
-    reference_quantize_pack(rows, row_scales, expected, table, *random)
+    reference_quantize_pack(rows, row_scales, expected, table, *random, mid_rise)
     scales = None if row_scales is None else row_scales.numpy()
     kernels.quantize_pack(
-        bits_of(rows), name_of(rows.dtype), scales, message.numpy(), table, random
+        bits_of(rows), name_of(rows.dtype), scales, message.numpy(), table, random, mid_rise
     )
     assert_same_bytes(message.numpy(), expected.numpy())
     # The message may begin at any address, too.
@@ -128,7 +128,8 @@ def test_special_rows(kernels, hidden, dtype):
         table[i] = 0
     # Every width decodes into the same rows: one by one.
     for i in range(0, len(table), 5):
-        check(kernels, rows, table[i : i + 5], message_bytes)
+        for mid_rise in (False, True):
+            check(kernels, rows, table[i : i + 5], message_bytes, mid_rise=mid_rise)
 
 
 def test_more_segments_than_one_launch_takes(kernels):
@@ -157,8 +158,9 @@ def test_rows_at_an_odd_address(kernels):
     hidden=st.one_of(st.integers(1, 70), st.sampled_from([512, 1016, 1024, 1031])),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
+    mid_rise=st.booleans(),
 )
-def test_layouts(kernels, data, hidden, dtype, seed):
+def test_layouts(kernels, data, hidden, dtype, seed, mid_rise):
     widths = data.draw(st.lists(st.tuples(st.integers(2, 8), st.integers(0, 9)), max_size=6))
     table, message_bytes, num_rows = segments_of(
         hidden,
@@ -171,7 +173,8 @@ def test_layouts(kernels, data, hidden, dtype, seed):
     order = data.draw(st.permutations(range(0, len(table), 5)))
     table = [field for i in order for field in table[i : i + 5]]
     rows = torch.randn(num_rows + 1, hidden, generator=torch.Generator().manual_seed(seed))
-    check(kernels, rows.to(dtype), table, message_bytes, random=(seed << 31, seed, seed ^ 1))
+    random = (seed << 31, seed, seed ^ 1)
+    check(kernels, rows.to(dtype), table, message_bytes, random=random, mid_rise=mid_rise)
 
 
 def sparse(num_bytes, dtype):
@@ -277,11 +280,12 @@ def test_philox_of_the_header(header, counter, key, expected):
     assert tuple(int(word) for word in reference) == expected
 
 
+@pytest.mark.parametrize("mid_rise", [False, True])
 @pytest.mark.parametrize("num_bits", range(2, 9))
-def test_inverse_of_the_header(header, num_bits):
+def test_inverse_of_the_header(header, num_bits, mid_rise):
     """Bit for bit what the reference divides; a difference would show in one code in a million."""
     scales = torch.exp2(torch.linspace(-99.9, 127.9, 20000))
-    top = torch.tensor(float((2 ** (num_bits - 1) - 1) * 65536))
+    top = torch.tensor(float((2**num_bits - 2 + mid_rise) * 32768))
     expected = top.expand_as(scales) / scales
     below = (expected.view(torch.int32) - 1).view(torch.float32)
     expected = torch.where(expected * scales > top, below, expected)
@@ -290,6 +294,7 @@ def test_inverse_of_the_header(header, num_bits):
         ctypes.c_void_p(scales.data_ptr()),
         ctypes.c_int64(len(scales)),
         num_bits,
+        ctypes.c_bool(mid_rise),
         ctypes.c_void_p(result.ctypes.data),
     )
     assert_same_bytes(result.view(np.uint32), expected.numpy().view(np.uint32))

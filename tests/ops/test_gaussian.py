@@ -35,6 +35,11 @@ def cells_between(levels):
     return list(pairwise([0, *((a + b) / 2 for a, b in pairwise(levels)), math.inf]))
 
 
+def parts(num_bits):
+    """The parts of the positive half line that become each level."""
+    return list(pairwise([0, *(t / CELLS for t in THRESHOLDS[num_bits]), math.inf]))
+
+
 def mean_square_error(levels, bounds):
     """Of a normal value whose magnitude becomes the level of the part that it is in."""
     total = 0
@@ -45,19 +50,27 @@ def mean_square_error(levels, bounds):
     return total
 
 
+def slope_of(levels, bounds):
+    """E[x * level of x] of a normal value x."""
+    pairs = zip(levels, bounds, strict=True)
+    return sum(2 * level * (density(a) - density(b)) for level, (a, b) in pairs)
+
+
 @pytest.mark.parametrize("num_bits", BITS)
-def test_levels_are_lloyds(num_bits):
-    """Each level is the mean of its part, and each part what is nearest to its level."""
+def test_levels_are_lloyds_divided(num_bits):
+    """Each of Lloyd's is the mean of its part, and each part what is nearest to its level."""
     levels = [(i + 0.5) * 3 / 2 ** (num_bits - 1) for i in range(2 ** (num_bits - 1))]
     for _ in range(2000):
         bounds = cells_between(levels)
         levels = [(density(a) - density(b)) / (tail(a) - tail(b)) for a, b in bounds]
-    assert numpy.float32(levels).tolist() == numpy.float32(MAGNITUDES[num_bits]).tolist()
+    least = mean_square_error(levels, bounds)
+    slope = slope_of(levels, parts(num_bits))
+    divided = numpy.float32([level / slope for level in levels])
+    assert divided.tolist() == numpy.float32(MAGNITUDES[num_bits]).tolist()
     thresholds = [b for _, b in bounds[:-1]]
     assert [round(b * CELLS) for b in thresholds] == list(THRESHOLDS[num_bits])
-    in_cells = pairwise([0, *(t / CELLS for t in THRESHOLDS[num_bits]), math.inf])
-    least, ours = (mean_square_error(levels, b) for b in (bounds, list(in_cells)))
-    assert least <= ours < 1.0011 * least
+    assert slope_of(levels, bounds) == pytest.approx(1 - least)
+    assert least <= mean_square_error(levels, parts(num_bits)) < 1.0011 * least
 
 
 def test_nearest_levels_example_of_the_docstring():
@@ -105,12 +118,14 @@ def roundtrip(rows, num_bits):
 
 
 @pytest.mark.parametrize("num_bits", BITS)
-def test_error_of_normal_rows_is_the_least(num_bits):
+def test_error_of_normal_rows_is_small_and_uncorrelated(num_bits):
     rows = torch.randn(2000, 256, generator=torch.Generator().manual_seed(num_bits))
-    error = (roundtrip(rows, num_bits) - rows).square().mean() / rows.square().mean()
-    magnitudes = MAGNITUDES[num_bits]
-    expected = mean_square_error(magnitudes, cells_between(magnitudes))
+    decoded = roundtrip(rows, num_bits)
+    error = (decoded - rows).square().mean() / rows.square().mean()
+    expected = mean_square_error(MAGNITUDES[num_bits], parts(num_bits))
     assert abs(error / expected - 1) < 0.01
+    slope = (decoded * rows).mean() / rows.square().mean()
+    assert abs(slope - 1) < 0.005
 
 
 @pytest.mark.parametrize("num_bits", BITS)

@@ -75,6 +75,26 @@ def test_unpack_inverts_pack(num_bits, num_rows, num_values, seed):
 
 
 @pytest.mark.parametrize("num_bits", BITS)
+def test_mid_rise_levels_are_in_use_alike(num_bits):
+    """Uniform values fall on all 2^b codes equally often, but for half steps at both ends."""
+    rows = torch.linspace(-1, 1, 20000).repeat(8, 1)
+    codes = quantize(rows, torch.ones(8), num_bits, 0, **RANDOM, mid_rise=True)
+    shares = codes.flatten().bincount(minlength=2**num_bits).double() / codes.numel()
+    expected = torch.full_like(shares, 1 / (2**num_bits - 1))
+    expected[[0, -1]] /= 2
+    deviation = (expected / codes.numel()).sqrt()
+    assert ((shares - expected).abs() < 4.5 * deviation).all()
+
+
+@pytest.mark.parametrize("mid_rise", [False, True])
+def test_codes_of_rows_without_a_scale_are_those_of_a_zero(mid_rise):
+    rows = torch.full((4, 16), 1e-40)
+    scales = torch.tensor([0.0, 1e-40, math.nan, math.inf])
+    codes = quantize(rows, scales, 3, 0, **RANDOM, mid_rise=mid_rise)
+    assert (codes == levels(3)).all()
+
+
+@pytest.mark.parametrize("num_bits", BITS)
 def test_unbiased(num_bits):
     """z-test of the mean of many draws against x, for every value of a row with an outlier."""
     draws = 20000
@@ -191,16 +211,28 @@ GOLDEN = {
 }
 
 
+GOLDEN_MID_RISE = {
+    2: "8fbd063dba40814a",
+    3: "6a08371972d7a489",
+    4: "8a3c2a76bf42ac1f",
+    5: "5b48aa75b1ba4d38",
+    6: "386a7f7bade9f627",
+    7: "9405f1dc61ed6eb1",
+    8: "8b162baf0409f7d4",
+}
+
+
+@pytest.mark.parametrize(("mid_rise", "golden"), [(False, GOLDEN), (True, GOLDEN_MID_RISE)])
 @pytest.mark.parametrize("num_bits", BITS)
-def test_the_bytes_never_change(num_bits):
+def test_the_bytes_never_change(num_bits, mid_rise, golden):
     """What a seed means is part of the format: a resumed run repeats its bits, on any machine."""
     rows = (torch.arange(24 * 40) * 2654435761 % 2001 - 1000).float().view(24, 40) / 64
     seed = {"key": 0x123456789ABCDEF, "offset": 11, "stream": 0xFFFFFFFF}
-    message, segment = encode(rows, num_bits, **seed)
-    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == GOLDEN[num_bits]
+    message, segment = encode(rows, num_bits, **seed, mid_rise=mid_rise)
+    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == golden[num_bits]
     message.fill_(0xFF)
-    _reference(rows, None, message, segment, *seed.values())
-    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == GOLDEN[num_bits]
+    _reference(rows, None, message, segment, *seed.values(), mid_rise)
+    assert hashlib.sha256(message.numpy().tobytes()).hexdigest()[:16] == golden[num_bits]
 
 
 def philox_scalar(counter, key):
@@ -213,29 +245,31 @@ def philox_scalar(counter, key):
     return c
 
 
-def code_scalar(x, scale, num_bits, half):
+def code_scalar(x, scale, num_bits, half, mid_rise):
     """The code of one value, from NumPy's float32 scalars, which round after every operation."""
     f32 = numpy.float32
-    top = f32(levels(num_bits) * 65536)
+    top = f32((2**num_bits - 2 + mid_rise) * 32768)
     inverse = top / f32(scale)
     if inverse * f32(scale) > top:
         inverse = numpy.nextafter(inverse, f32(0))
     return (int(numpy.rint(f32(x) * inverse + top)) + half) >> 16
 
 
+@pytest.mark.parametrize("mid_rise", [False, True])
 @pytest.mark.parametrize("num_bits", BITS)
-def test_codes_equal_a_scalar_reference(num_bits):
+def test_codes_equal_a_scalar_reference(num_bits, mid_rise):
     rows = torch.randn(3, 21, generator=torch.Generator().manual_seed(num_bits)) * 5
     key, offset, stream = 0xABCDEF0123, 77, 0x80000001
-    message, _ = encode(rows, num_bits, key=key, offset=offset, stream=stream)
+    random = {"key": key, "offset": offset, "stream": stream}
+    message, _ = encode(rows, num_bits, **random, mid_rise=mid_rise)
     row_bytes = packed_bytes(21, num_bits)
     for r in range(3):
         expected = 0
         for column in range(21):
             words = philox_scalar((column // 8, r, offset, stream), key)
             half = words[column % 8 // 2] >> 16 * (column % 2) & 0xFFFF
-            code = code_scalar(rows[r, column], rows[r].abs().max(), num_bits, half)
-            assert 0 <= code <= 2 * levels(num_bits)
+            code = code_scalar(rows[r, column], rows[r].abs().max(), num_bits, half, mid_rise)
+            assert 0 <= code <= 2**num_bits - 2 + mid_rise
             expected |= code << column * num_bits
         packed = message[r * row_bytes : (r + 1) * row_bytes]
         assert int.from_bytes(packed.numpy().tobytes(), "little") == expected
@@ -250,3 +284,5 @@ def test_the_largest_magnitude_never_passes_the_top_level(exponent, num_bits):
     codes = quantize(rows, absmax(rows), num_bits, 0, **RANDOM)
     if float(absmax(rows)) >= SMALLEST_SCALE:
         assert codes.tolist() == [[2 * levels(num_bits), 0, levels(num_bits)]]
+        codes = quantize(rows, absmax(rows), num_bits, 0, **RANDOM, mid_rise=True)
+        assert codes[0, :2].tolist() == [2**num_bits - 1, 0]

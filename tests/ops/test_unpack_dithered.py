@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.ops.philox import random_halves
-from megatron_moe_comp.ops.quantize_pack import absmax, levels, packed_bytes, quantize
+from megatron_moe_comp.ops.quantize_pack import absmax, packed_bytes, quantize
 from megatron_moe_comp.ops.unpack_dithered import _reference, dequantize_dithered
 
 KEY = 0x123456789ABCDEF
@@ -18,10 +18,10 @@ def test_example_of_the_docstring():
     halves = random_halves(torch.arange(3000), 1, key=KEY, **RANDOM)[:, 0, :1]
     codes = torch.full_like(halves, 5, dtype=torch.uint8)
     values = dequantize_dithered(codes, torch.ones(3000), 3, 0, key=KEY, **RANDOM)
-    expected = (2.5 - halves.double() / 65536) / 3
+    expected = (2 - halves.double() / 65536) / 3.5
     torch.testing.assert_close(values.double(), expected, rtol=1e-6, atol=1e-7)
-    assert abs(values.max() - 2.5 / 3) < 1e-3
-    assert abs(values.min() - 1.5 / 3) < 1e-3
+    assert abs(values.max() - 2 / 3.5) < 1e-3
+    assert abs(values.min() - 1 / 3.5) < 1e-3
 
 
 @given(
@@ -36,21 +36,21 @@ def test_every_value_is_half_a_step_off_at_most(num_bits, hidden, first_row, exp
     rows = torch.randn(5, hidden, generator=torch.Generator().manual_seed(seed))
     rows = rows / rows.abs().max() * 2.0**exponent
     scales, random = absmax(rows), {"key": seed, **RANDOM}
-    codes = quantize(rows, scales, num_bits, first_row, **random)
+    codes = quantize(rows, scales, num_bits, first_row, **random, mid_rise=True)
     values = dequantize_dithered(codes, scales, num_bits, first_row, **random)
     usable = scales >= 2.0**-100
-    step = torch.where(usable, scales, 0).double() / levels(num_bits)
+    step = torch.where(usable, scales, 0).double() * 2 / (2**num_bits - 1)
     rows = torch.where(usable[:, None], rows, 0)
     error = (values.double() - rows.double()).abs().amax(1)
     # A unit of the fixed point, and what float32 resolves.
-    assert (error <= step * (0.5 + 2**-16 + levels(num_bits) * 2**-23)).all()
+    assert (error <= step * (0.5 + 2**-16 + 2**num_bits * 2**-24)).all()
 
 
 def encoded(rows, num_bits):
     code_bytes = len(rows) * packed_bytes(rows.shape[1], num_bits)
     table = ops.flatten([ops.OpSegment(0, len(rows), num_bits, 0, code_bytes)])
     message = torch.full((code_bytes + 4 * len(rows),), 0xFF, dtype=torch.uint8)
-    ops.quantize_pack(rows, None, message, table, key=KEY, **RANDOM)
+    ops.quantize_pack(rows, None, message, table, key=KEY, **RANDOM, mid_rise=True)
     return message, table
 
 

@@ -36,7 +36,7 @@ def machine_of(bandwidth=1e9, latency=0.0, flops=1e12, codecs=SLOW, memory=1e10)
 
 
 def birdmoe(bits=6, **options):
-    options = {"moe_a2a_bit_policy": "uniform"} | options
+    options = {"moe_a2a_bit_policy": "uniform", "moe_a2a_codec": "rq"} | options
     return CompressionConfig(moe_a2a_compress="birdmoe", moe_a2a_bits=bits, **options)
 
 

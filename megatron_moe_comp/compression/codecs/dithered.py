@@ -1,4 +1,4 @@
-"""dithered: rq's bytes, decoded with the sender's random numbers (subtractive dithering)."""
+"""dithered: rounded like rq, decoded with the sender's random numbers (subtractive dithering)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ _RQ = RandomQuantization()
 
 @dataclass(frozen=True)
 class Dithered(Codec):
-    """E[decoded] = x for every finite x, and the error is uniform within half a step of s / L.
+    """E[decoded] = x for every finite x; the error is uniform within half a step D.
 
-    The bytes are those of rq with a scale per row: b + 32 / H bits per value, L = 2^(b-1) - 1. The
-    receiver knows the seed, the sender and the number of each row, hence the random bits that were
-    added to a value, and subtracts them. The variance is (s / L)^2 / 12 whatever x is, half of rq's
-    average; in return, a zero arrives as zero only in a row of zeros. A row with NaN or infinity
-    anywhere arrives as NaN everywhere; one whose largest magnitude is below 2^-100 as zeros.
+    D = 2s / (2^b - 1), s being the largest magnitude of the row. The layout is that of rq with a
+    scale per row: b + 32 / H bits per value. The receiver knows the seed, the sender and the number
+    of each row, hence the random bits that were added to a value, and subtracts them. The variance
+    is D^2 / 12 whatever x is: half of rq's average, and less with few bits, since no level need be
+    at zero and so all 2^b codes are in use. In return, a zero arrives as zero only in a row of
+    zeros. A row with NaN or infinity anywhere arrives as NaN everywhere; one whose largest
+    magnitude is below 2^-100 as zeros.
 
     Source: Gray and Stockham, "Dithered Quantizers", IEEE Transactions on Information Theory, 1993.
     """
@@ -44,8 +46,17 @@ class Dithered(Codec):
         message: torch.Tensor,
         random: RandomStream,
     ) -> None:
-        """Writes what rq writes."""
-        _RQ.encode(rows, segments, message, random)
+        """Writes codes, ceil(H * b / 8) bytes per row, and scales, float32."""
+        ops.quantize_pack(
+            rows,
+            None,
+            message,
+            flat(segments),
+            key=random.key,
+            offset=random.offset,
+            stream=random.stream,
+            mid_rise=True,
+        )
 
     def decode(
         self,
