@@ -72,9 +72,10 @@ def test_network_of_several_routings_names_them(repository):
 def test_quality(repository):
     header, _, none, *lines = repository("quality gpt")
     assert header == (
-        "| setting | ratio of bytes | perplexity, mean | ratio to none (95%) | seeds |"
+        "| setting | ratio of bytes | centroids per row | perplexity, mean (min to max) "
+        "| ratio to none (95% interval) | seeds |"
     )
-    assert none.startswith("| `none` | 1.00x |")
+    assert none.startswith("| `none` | 1.00x | - |")
     assert none.endswith("| 1 | 2 |")
     assert [line.split("`")[1] for line in lines] == [
         "bf16",
@@ -83,7 +84,7 @@ def test_quality(repository):
         "birdmoe",
         "birdmoe-4",
     ]
-    assert all(" to " in line for line in lines)
+    assert all(line.count(" to ") == 2 for line in lines)
 
 
 def test_without_results_there_is_no_table(repository):
