@@ -24,7 +24,8 @@ def directory(base, name):
 @pytest.mark.parametrize(("ranks", "options"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_none_equals_stock_megatron_step_by_step(tmp_path, ranks, options):
     stock = train(directory(tmp_path, "stock"), options, script=STOCK, ranks=ranks)
-    ours = train(directory(tmp_path, "none"), f"{options} --moe-a2a-compress=none", ranks=ranks)
+    options += " --moe-a2a-compress=none"
+    ours = train(directory(tmp_path, "none"), options, ranks=ranks, launch=launch)
     assert ours.history() == stock.history()
     assert len(ours.history()["lm loss"]) == 6
 
