@@ -36,8 +36,8 @@ from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 
 IMPLEMENTATIONS = ("compiled", "reference")
-REFERENCES = {"gaussian_pack": "_pack_reference", "gaussian_unpack": "_unpack_reference"}
-REFERENCES |= {"cast_pack": "_pack_reference", "unpack_cast": "_unpack_reference"}
+REFERENCES = dict.fromkeys(("gaussian_pack", "cast_pack"), "_pack_reference")
+REFERENCES |= dict.fromkeys(("gaussian_unpack", "unpack_cast"), "_unpack_reference")
 RANDOM = RandomStream(key=1, offset=2, stream=3)
 MIN_REPEATS, MIN_SECONDS = 5, 1.0
 

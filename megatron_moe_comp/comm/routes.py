@@ -67,3 +67,32 @@ class Route:
     def reversed(self) -> "Route":
         """Returns the way back."""
         return replace(self, sent=self.received, received=self.sent)
+
+
+@dataclass(frozen=True)
+class Links:
+    """What every rank of the group sends to every other in one dispatch: [P, P], on the CPU."""
+
+    rows: torch.Tensor
+    pairs: torch.Tensor
+    """(token, expert) pairs that the rows stand for."""
+    bits: tuple[torch.Tensor, torch.Tensor]
+    """Bits per value on the forward wires, and on the backward wires: one tensor if the same."""
+
+    def routes(
+        self, group: dist.ProcessGroup, rank: int, plain: torch.Tensor
+    ) -> tuple[Route, Route]:
+        """Returns the way from tokens to experts, as one rank sees it, with either bits.
+
+        Args:
+            group: process group.
+            rank: the rank in the group.
+            plain: see `Route.of_rank`.
+        """
+
+        def route(bits: torch.Tensor) -> Route:
+            return Route.of_rank(group, rank, self.rows, bits, self.pairs, plain)
+
+        forward_bits, backward_bits = self.bits
+        forward = route(forward_bits)
+        return forward, forward if backward_bits is forward_bits else route(backward_bits)

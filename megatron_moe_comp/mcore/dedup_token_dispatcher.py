@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher, Links
+from megatron_moe_comp.comm.routes import Links
+from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher
 
 
 @dataclass(frozen=True)

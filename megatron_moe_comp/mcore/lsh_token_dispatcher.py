@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import permute
 
+from megatron_moe_comp.comm.routes import Links
 from megatron_moe_comp.compression.hash_families import HASHES
 from megatron_moe_comp.compression.lsh_clustering import (
     Clusters,
@@ -25,7 +26,6 @@ from megatron_moe_comp.compression.lsh_state import LshState, max_coordinates
 from megatron_moe_comp.compression.random_stream import random_words
 from megatron_moe_comp.mcore.token_dispatcher import (
     CompressedAlltoAllTokenDispatcher,
-    Links,
 )
 
 

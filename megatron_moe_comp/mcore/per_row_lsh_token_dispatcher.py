@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
-from megatron_moe_comp.comm.routes import Route
+from megatron_moe_comp.comm.routes import Links, Route
 from megatron_moe_comp.compression.lsh_clustering import Clusters
 from megatron_moe_comp.config import Wire
 from megatron_moe_comp.mcore.lsh_token_dispatcher import ClusteredRows, LshAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.token_dispatcher import Links
 
 
 class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
@@ -99,7 +98,7 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
             self._count_load(wires[0], rows, links)
             if torch.is_grad_enabled():
                 self._count_load(wires[1], rows, per_row)
-        _, row_route = per_row.routes(self)
+        _, row_route = per_row.routes(self.ep_group, self.ep_rank, self.plain_links)
         if wires[0] == "combine_fwd":
             row_route = row_route.reversed()
         messages = tuple(map(self._message, wires))

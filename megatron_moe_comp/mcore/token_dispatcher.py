@@ -19,7 +19,7 @@ from megatron_moe_comp.comm.all_to_all import (
     global_rank,
     nodes_of_ranks,
 )
-from megatron_moe_comp.comm.routes import Route
+from megatron_moe_comp.comm.routes import Links, Route
 from megatron_moe_comp.compression.bit_allocation import allocate_bits, most_loaded
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of
@@ -36,32 +36,6 @@ from megatron_moe_comp.ops.segments import MAX_BITS
 
 SAMPLE_INTERVAL = 10
 """Iterations from one measurement of the quantization error to the next."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """What every rank of the group sends to every other in one dispatch: [P, P], on the CPU."""
-
-    rows: torch.Tensor
-    pairs: torch.Tensor
-    """(token, expert) pairs that the rows stand for."""
-    bits: tuple[torch.Tensor, torch.Tensor]
-    """Bits per value on the forward wires, and on the backward wires."""
-
-    def routes(self, dispatcher: "CompressedAlltoAllTokenDispatcher") -> tuple[Route, Route]:
-        """Returns the way from tokens to experts, as this rank sees it, with either bits."""
-        forward, backward = (
-            Route.of_rank(
-                dispatcher.ep_group,
-                dispatcher.ep_rank,
-                self.rows,
-                bits,
-                self.pairs,
-                dispatcher.plain_links,
-            )
-            for bits in self.bits
-        )
-        return forward, backward
 
 
 @dataclass(frozen=True)
@@ -247,7 +221,7 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         """Returns the ways of this pass's rows, and keeps what combine needs to know of them."""
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
         links = self._links()
-        routes = links.routes(self)
+        routes = links.routes(self.ep_group, self.ep_rank, self.plain_links)
         self._dispatched = DispatchState(routes, links, self._forward_pass)
         self._forward_pass = None
         return routes
