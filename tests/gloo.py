@@ -9,12 +9,16 @@ with that rank's traceback.
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from megatron_moe_comp.comm import all_to_all
 
 TIMEOUT_S = 120
 
@@ -97,3 +101,42 @@ def _start(rank: int, setup: Callable[[int], None] | None) -> None:
     dist.init_process_group("gloo")
     if setup:
         setup(rank)
+
+
+@contextmanager
+def watched_all_to_alls(rank: int) -> Iterator[list[int]]:
+    """Yields the bytes that this rank hands over for others, of each all-to-all as it begins.
+
+    Those are the input of gloo's collective, or what one exchange sends.
+    """
+    handed: list[int] = []
+    collective, exchange, send = dist.all_to_all_single, all_to_all.exchange, dist.isend
+
+    def collective_spy(output, values, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        size = dist.get_world_size()
+        even = [len(values) // size] * size
+        splits = even if input_split_sizes is None else input_split_sizes
+        item_bytes = values[:1].numel() * values.element_size() if len(values) else 0
+        handed.append(int(sum(splits) - splits[rank]) * item_bytes)
+        return collective(output, values, output_split_sizes, input_split_sizes, **kwargs)
+
+    def exchange_spy(buffer, input_splits, output_splits, group):
+        assert buffer.dtype == torch.uint8
+        assert buffer.numel() == sum(input_splits)
+        assert input_splits[rank] == output_splits[rank] == 0
+        handed.append(0)
+        received, arrival = exchange(buffer, input_splits, output_splits, group)
+        assert received.dtype == torch.uint8
+        assert received.numel() == sum(output_splits)
+        return received, arrival
+
+    def send_spy(values, *args, **kwargs):
+        handed[-1] += values.numel() * values.element_size()
+        return send(values, *args, **kwargs)
+
+    with (
+        patch.object(dist, "all_to_all_single", collective_spy),
+        patch.object(all_to_all, "exchange", exchange_spy),
+        patch.object(dist, "isend", send_spy),
+    ):
+        yield handed

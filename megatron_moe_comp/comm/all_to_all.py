@@ -1,7 +1,6 @@
-"""The all-to-all of the experts: exchange() moves bytes, compressed_all_to_all() differentiates.
+"""The all-to-all of the experts: compressed_all_to_all() encodes, exchanges and decodes rows.
 
-Only this file talks to torch.distributed in the path of the data. Shapes: N rows sent, M rows
-received, H columns.
+Shapes: N rows sent, M rows received, H columns.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe_comp.comm.exchange import Arrival, exchange
 from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codec import Codec
@@ -65,29 +65,6 @@ def nodes_of_ranks(group: dist.ProcessGroup, ranks_per_node: int) -> tuple[int, 
     return tuple(rank // ranks_per_node for rank in dist.get_process_group_ranks(group))
 
 
-def exchange(
-    buffer: torch.Tensor,
-    input_byte_splits: list[int],
-    output_byte_splits: list[int],
-    group: dist.ProcessGroup,
-) -> tuple[torch.Tensor, dist.Work]:
-    """Returns the bytes that will be received, uint8 [sum(output_byte_splits)], and their arrival.
-
-    One all_to_all_single; the bytes are there after the work's wait().
-
-    Args:
-        buffer: uint8 [sum(input_byte_splits)].
-        input_byte_splits: bytes to each rank of the group.
-        output_byte_splits: bytes from each rank of the group.
-        group: process group.
-    """
-    received = buffer.new_empty(sum(output_byte_splits))
-    work = dist.all_to_all_single(
-        received, buffer, output_byte_splits, input_byte_splits, group=group, async_op=True
-    )
-    return received, work
-
-
 def compressed_all_to_all(
     rows: torch.Tensor,
     probs: torch.Tensor | None,
@@ -98,7 +75,7 @@ def compressed_all_to_all(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns the rows, probabilities and masks of all ranks for this one, through one wire.
 
-    Each direction is one collective (or one per piece) that carries encoded rows and what is exact
+    Each direction is one exchange (or one per piece) that carries encoded rows and what is exact
     together. What stays on the rank is copied, bit for bit. The gradient takes the way back through
     the second message; for the codec it is the straight-through gradient of an unbiased estimate.
 
@@ -158,7 +135,7 @@ def send(
     arrived_rows = _arrivals(rows, route)
     to_send, to_receive = _peers_to_send(route, message), _peers_to_receive(route, message)
     wire_bytes = 0
-    under_way: list[tuple[Packet, Sequence[_Beside], torch.Tensor, dist.Work]] = []
+    under_way: list[tuple[Packet, Sequence[_Beside], torch.Tensor, Arrival]] = []
     for piece in range(message.num_pieces):
         with_piece = beside if piece == 0 else []
         sending, receiving = (
@@ -174,10 +151,10 @@ def send(
         if message.measure_error:
             _measure_error(sending, rows, buffer, message, stats)
         with stats.phases.timed("transfer"):
-            received, work = exchange(
+            received, arrival = exchange(
                 buffer, sending.layout.byte_splits, receiving.layout.byte_splits, route.group
             )
-        under_way.append((receiving, with_piece, received, work))
+        under_way.append((receiving, with_piece, received, arrival))
         if len(under_way) > 1:
             _finish(*under_way.pop(0), arrived_rows, message.random, stats)
     _finish(*under_way.pop(), arrived_rows, message.random, stats)
@@ -210,14 +187,14 @@ def _finish(
     packet: Packet,
     beside: Sequence["_Beside"],
     received: torch.Tensor,
-    work: dist.Work,
+    arrival: Arrival,
     rows: torch.Tensor,
     random: RandomStream,
     stats: CommStats,
 ) -> None:
     """Waits for one packet and decodes it."""
     with stats.phases.timed("transfer"):
-        work.wait()
+        arrival.wait()
     with stats.phases.timed("decode"):
         packet.decode(received, rows, [b.arriving for b in beside], random)
 

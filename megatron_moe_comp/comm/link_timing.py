@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_moe_comp.comm.all_to_all import exchange, gather_over_ranks
+from megatron_moe_comp.comm.all_to_all import gather_over_ranks
+from megatron_moe_comp.comm.exchange import exchange
 
 Group = dist.ProcessGroup
 

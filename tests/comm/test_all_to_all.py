@@ -1,11 +1,14 @@
 """The compressed all-to-all against a plain one that sends what the codec would decode to."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_moe_comp.comm import all_to_all
 from megatron_moe_comp.comm.all_to_all import Message, compressed_all_to_all
+from megatron_moe_comp.comm.exchange import exchange
 from megatron_moe_comp.comm.routes import Route
 from megatron_moe_comp.comm_stats import Column, CommStats
 from megatron_moe_comp.compression.codecs import CODECS as REGISTERED
@@ -17,6 +20,7 @@ from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.config import WIRES
 from tests.compression.variants import usual_bits
+from tests.gloo import watched_all_to_alls
 
 HIDDEN = 64
 CODECS = {
@@ -239,29 +243,15 @@ def test_rows_of_several_pairs_and_their_masks(pool, pieces):
 
 
 def count_bytes(rank, load, codec_name, with_probs, pieces):
-    handed = []
-    original = dist.all_to_all_single
-
-    def spy(output, buffer, output_splits, input_splits, group, async_op):
-        assert buffer.dtype == output.dtype == torch.uint8
-        assert buffer.numel() == sum(input_splits)
-        assert output.numel() == sum(output_splits)
-        assert input_splits[rank] == output_splits[rank] == 0
-        handed.append(buffer.numel())
-        return original(output, buffer, output_splits, input_splits, group=group, async_op=async_op)
-
     stats = CommStats()
     route = make_route(rank, LOADS[load])
     rows, probs = make_rows(rank, route, torch.float32)
     messages = tuple(message(w, CODECS[codec_name], rank, pieces) for w in WIRE_PAIRS[0])
-    dist.all_to_all_single = spy
-    try:
+    with watched_all_to_alls(rank) as handed:
         got, *_ = compressed_all_to_all(
             rows, probs if with_probs else None, None, (route, route), messages, stats
         )
         got.sum().backward()
-    finally:
-        dist.all_to_all_single = original
     totals = dict(zip(WIRES, stats.totals(), strict=True))
     return handed, [int(totals[wire][Column.WIRE]) for wire in WIRE_PAIRS[0]]
 
@@ -326,31 +316,26 @@ def order_of_steps(rank, pieces):
             steps.append("decode")
             super().decode(message, segments, rows, random)
 
-    class Work:
-        def __init__(self, work):
-            self.work = work
+    class NotedArrival:
+        def __init__(self, arrival):
+            self.arrival = arrival
 
         def wait(self):
             steps.append("wait")
-            self.work.wait()
+            self.arrival.wait()
 
-    original = dist.all_to_all_single
-
-    def spy(*args, **kwargs):
+    def noted_exchange(*args):
         steps.append("send")
-        return Work(original(*args, **kwargs))
+        received, arrival = exchange(*args)
+        return received, NotedArrival(arrival)
 
     route = make_route(rank, LOADS["balanced"])
     rows, _ = make_rows(rank, route, torch.float32)
     messages = tuple(
         Message(wire, Noted(), RandomStream(0, 0, 0), pieces) for wire in WIRE_PAIRS[0]
     )
-    dist.all_to_all_single = spy
-    try:
-        with torch.no_grad():
-            compressed_all_to_all(rows, None, None, (route, route), messages, CommStats())
-    finally:
-        dist.all_to_all_single = original
+    with patch.object(all_to_all, "exchange", noted_exchange), torch.no_grad():
+        compressed_all_to_all(rows, None, None, (route, route), messages, CommStats())
     return steps
 
 
