@@ -40,6 +40,8 @@ class Fitted:
     latency: float = 1e-4
     layer_overhead: float = 1e-3
     """Seconds of a core for each layer and micro-batch."""
+    stock_transfer: float = 1.5
+    """How long stock's all-to-alls take over ours of the same bytes; see comm/exchange.py."""
 
 
 LIMITS = {
@@ -48,6 +50,7 @@ LIMITS = {
     "free_bandwidth": (1e7, 1e11),
     "latency": (1e-6, 1e-2),
     "layer_overhead": (1e-6, 1.0),
+    "stock_transfer": (1.0, 3.0),
 }
 """What the fit may make of figures that rows say little about."""
 
@@ -91,6 +94,8 @@ class Setting:
         """Returns the predicted time of a step."""
         layers = self.model.stacks[0].num_layers * self.model.num_microbatches
         overhead = layers * fitted.layer_overhead / self.core_share
+        if method is self.stock:
+            method = method.scaled(fitted.stock_transfer)
         step = predict(self.model, self.layout, self.machine(fitted, codecs), method).step
         return overhead + step
 

@@ -11,7 +11,7 @@ from plan_fit import Fitted, setting_of
 
 from megatron_moe_comp.plan.cost_model import CodecSpeed, predict
 
-TRUTH = Fitted(8e10, 6e9, 0.95, 1.5e9, 3e-4, 5e-3)
+TRUTH = Fitted(8e10, 6e9, 0.95, 1.5e9, 3e-4, 5e-3, 1.8)
 CODECS = {"rq": CodecSpeed(1.5e9, 3e9), "mxfp8": CodecSpeed(1.5e8, 2e8)}
 METHODS = ("none", "mxfp8", "birdmoe-8", "birdmoe-6", "lsh-20")
 SIZES = {
@@ -77,7 +77,7 @@ HELD_OUT = ("--held-out-rate", "500mbit", "--held-out-hidden", "384")
 
 def test_a_machine_that_is_as_modelled_is_found(tmp_path, capsys):
     report = run(tmp_path, rows(), *HELD_OUT)
-    for name in ("flops", "link_efficiency"):
+    for name in ("flops", "link_efficiency", "stock_transfer"):
         assert report["fitted"][name] == pytest.approx(getattr(TRUTH, name), rel=0.1)
     for name, speed in CODECS.items():
         assert report["codecs"][name]["encode"] == pytest.approx(speed.encode, rel=0.05)
