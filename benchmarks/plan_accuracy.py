@@ -7,8 +7,8 @@ Rows are those of benchmarks/network.py. What a machine achieves is fitted on al
 held-out ones: by the times of steps the FLOPS and the memory bandwidth of a core, what a layer
 takes whatever its size, the part of a link's rate that arrives, the bandwidth of links without a
 rate, the latency of a message and how much longer gloo's own all-to-alls take than ours; by the
-times that encoding and decoding took the speed of each codec. More ranks than cores share them. Messages should be larger than the burst that a shaped link
-lets through at once.
+times that encoding and decoding took the speed of each codec. More ranks than cores share them.
+Messages should be larger than the burst that a shaped link lets through at once.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"{fitted.memory_bandwidth / 1e9:.3g} GB/s; links: {fitted.link_efficiency:.0%} of their "
         f"rate, {fitted.free_bandwidth / 1e9:.3g} GB/s without one, {fitted.latency * 1e6:.3g} us "
         f"per message; {fitted.layer_overhead * 1e3:.3g} ms for a layer whatever its size; stock's "
-        f"all-to-alls take {fitted.stock_transfer:.2f} times as long as ours of the same bytes.",
+        f"all-to-alls of two ranks take {fitted.stock_transfer:.2f} times as long as ours.",
         highlight=False,
     )
     table = Table(title="Predicted and measured")

@@ -41,7 +41,8 @@ class Fitted:
     layer_overhead: float = 1e-3
     """Seconds of a core for each layer and micro-batch."""
     stock_transfer: float = 1.5
-    """How long stock's all-to-alls take over ours of the same bytes; see comm/exchange.py."""
+    """How long stock's all-to-alls of two ranks take over ours of the same bytes: gloo has a pair of
+    ranks send one way at a time, and of more ranks other pairs use what one leaves idle."""
 
 
 LIMITS = {
@@ -95,7 +96,7 @@ class Setting:
         layers = self.model.stacks[0].num_layers * self.model.num_microbatches
         overhead = layers * fitted.layer_overhead / self.core_share
         if method is self.stock:
-            method = method.scaled(fitted.stock_transfer)
+            method = method.scaled(1 + (fitted.stock_transfer - 1) / (self.layout.ranks - 1))
         step = predict(self.model, self.layout, self.machine(fitted, codecs), method).step
         return overhead + step
 

@@ -10,7 +10,8 @@ A table is between two comments, the first of which says what it is made of:
 
 `network` has a row for each method, `quality` one for each setting. The words that follow pick from
 the JSON files in benchmarks/results: rates and routings pick rows, all others are the first letters
-of files or directories there. Without results there is no table.
+of files or directories there. With the word over-METHOD, speed-ups are over that method in place of
+stock Megatron. Without results there is no table.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from megatron_moe_comp.report.inputs import Entry, InputError, find_files, read_results
 from megatron_moe_comp.report.network_results import (
@@ -39,6 +40,7 @@ from megatron_moe_comp.report.section import number, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTINGS = ("balanced", "real")
+OVER = "over-"
 MARKED = re.compile(r"(<!-- table: (\w+) ?(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -81,7 +83,9 @@ def fill(text: str, results: Path) -> str:
 def network_table(results: Path, words: Sequence[str]) -> str:
     """Returns speed-ups and shares of the possible gain, a column for each rate and ranks."""
     rates, routings = [w for w in words if is_rate(w)], [w for w in words if w in ROUTINGS]
-    rows = read(results, [w for w in words if w not in (*rates, *routings)], "network")
+    over = [w for w in words if w.startswith(OVER)]
+    rows = read(results, [w for w in words if w not in (*rates, *routings, *over)], "network")
+    baseline = over[0].removeprefix(OVER) if over else STOCK
     # The limit needs the unshaped rows, whether they are shown or not.
     found = cases(row for row in rows if not routings or row["routing"] in routings)
     columns = [
@@ -97,9 +101,14 @@ def network_table(results: Path, words: Sequence[str]) -> str:
         f"{bits_label(rate_bits(rate))}, {case.name if several else f'{case.ranks} ranks'}"
         for rate, case in columns
     ]
-    body = [["limit", *(number(case.limit(rate), 2) for rate, case in columns)]]
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != STOCK):
-        cells = [speedup_cell(case, rate, method) for rate, case in columns]
+    body = [["limit", *(number(case.limit(rate, baseline), 2) for rate, case in columns)]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        if method in (STOCK, baseline):
+            continue
+        cells = [
+            ratio_cell(case, rate, method, baseline) if over else speedup_cell(case, rate, method)
+            for rate, case in columns
+        ]
         body.append([f"`{method}`", *cells])
     return markdown(["method", *names], body)
 
@@ -119,6 +128,16 @@ def speedup_cell(case: Case, rate: str, method: str) -> str:
     speedup = spread(row.get("speedup"), row.get("speedup_min"), row.get("speedup_max"), 2)
     share = case.share_of_gain(row) if row else None
     return speedup if share is None else f"{speedup}, {100 * share:.0f}%"
+
+
+def ratio_cell(case: Case, rate: str, method: str, baseline: str) -> str:
+    """Returns "speed-up over the baseline (min to max)", of the steps of each repeat."""
+    rows = [case.by_rate_and_method.get((rate, name)) for name in (baseline, method)]
+    if None in rows:
+        return number(None, 2)
+    times = zip(*(row["step_ms_repeats"] for row in rows if row), strict=True)
+    ratios = [slow / fast for slow, fast in times]
+    return spread(median(ratios), min(ratios), max(ratios), 2)
 
 
 def quality_table(results: Path, words: Sequence[str]) -> str:

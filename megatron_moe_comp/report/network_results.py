@@ -66,11 +66,11 @@ class Case:
         """Its methods but stock Megatron, in the order of the file."""
         return [m for m in dict.fromkeys(row["method"] for row in self.rows) if m != STOCK]
 
-    def limit(self, rate: str) -> float | None:
-        """Returns the speed-up if communication cost nothing: T_stock / T_free."""
-        stock = self.by_rate_and_method.get((rate, STOCK))
+    def limit(self, rate: str, method: str = STOCK) -> float | None:
+        """Returns the method's speed-up if communication cost nothing: T_method / T_free."""
+        slow = self.by_rate_and_method.get((rate, method))
         free = self.by_rate_and_method.get((UNSHAPED, STOCK))
-        return stock["step_ms"] / free["step_ms"] if stock and free else None
+        return slow["step_ms"] / free["step_ms"] if slow and free else None
 
     def share_of_gain(self, row: Entry) -> float | None:
         """Returns the share of the possible gain; None where there is next to nothing to gain."""

@@ -62,6 +62,20 @@ def test_network(repository):
     )
 
 
+def test_network_over_another_method(repository):
+    header, _, limit, *lines = repository("network 200mbit balanced over-bf16")
+    by_key = {(r["rate"], r["ranks"], r["method"]): r for r in network_rows()}
+    bf16, ours = (by_key["200mbit", 2, name] for name in ("bf16", "birdmoe"))
+    free = by_key["none", 2, "none"]
+    assert limit.split(" | ")[1] == f"{bf16['step_ms'] / free['step_ms']:.2f}"
+    assert not any(line.startswith(("| `bf16` |", "| `none` |")) for line in lines)
+    pairs = zip(bf16["step_ms_repeats"], ours["step_ms_repeats"], strict=True)
+    low, middle, high = sorted(slow / fast for slow, fast in pairs)
+    line = next(line for line in lines if line.startswith("| `birdmoe` |"))
+    assert line.split(" | ")[1] == f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    assert header.count("200 Mbit/s") == 2
+
+
 def test_network_of_several_routings_names_them(repository):
     header = repository("network 1gbit")[0]
     assert "| 1 Gbit/s, 2 ranks, balanced routing |" in header
