@@ -41,8 +41,8 @@ class Fitted:
     layer_overhead: float = 1e-3
     """Seconds of a core for each layer and micro-batch."""
     stock_transfer: float = 1.5
-    """How long stock's all-to-alls of two ranks take over ours of the same bytes: gloo has a pair of
-    ranks send one way at a time, and of more ranks other pairs use what one leaves idle."""
+    """How long stock's all-to-alls of two ranks take over ours of the same bytes: gloo has a pair
+    of ranks send one way at a time, and of more ranks other pairs use what one leaves idle."""
 
 
 LIMITS = {

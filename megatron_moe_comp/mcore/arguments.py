@@ -170,15 +170,19 @@ def parse_and_validate_args(
     Raises:
         ValueError: see `compression_config_from_args` and `check_upcycling_args`.
     """
-    provider = _provider(*extra_args_providers)
-    unchecked = megatron_arguments.parse_args(provider)
-    check_upcycling_args(unchecked)
-    compression_config_from_args(unchecked)
+    provider = with_our_flags(*extra_args_providers)
+    check_unvalidated(megatron_arguments.parse_args(provider))
     args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
     return args, compression_config_from_args(args)
 
 
-def _provider(*extra_args_providers: ArgsProvider) -> ArgsProvider:
+def check_unvalidated(args: Namespace) -> None:
+    """Raises ValueError for our options that cannot work, before Megatron looks at its own."""
+    check_upcycling_args(args)
+    compression_config_from_args(args)
+
+
+def with_our_flags(*extra_args_providers: ArgsProvider) -> ArgsProvider:
     """Returns a provider of our own flags and then those of others."""
 
     def add_all(parser: ArgumentParser) -> ArgumentParser:
@@ -207,7 +211,7 @@ def parse_command(command: Sequence[str]) -> Namespace:
         )
     before, sys.argv = sys.argv, list(command[script:])
     try:
-        return megatron_arguments.parse_args(_provider(*providers[name]))
+        return megatron_arguments.parse_args(with_our_flags(*providers[name]))
     finally:
         sys.argv = before
 

@@ -1,5 +1,6 @@
 """What the entry scripts share: the host mode, our additions to a training run, and the loss."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import is_rank0
 
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings
+from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings, dry_run
 from megatron_moe_comp.mcore.auto_method import resolve_auto
 from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
@@ -31,13 +32,19 @@ ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
 def parse_args(*extra_args_providers: ArgsProvider) -> tuple[Namespace, CompressionConfig]:
     """Returns Megatron's arguments and the compression's, on this machine with or without CUDA.
 
+    With --dry-run, prints what the run would need and ends the process.
+
     Args:
         extra_args_providers: of the script's own flags.
 
     Raises:
         ValueError: options that do not go together, or not with this machine.
     """
-    providers = list(extra_args_providers)
+    if dry_run.is_requested():
+        cpu_compat.repair_wheel()
+        dry_run.main(*extra_args_providers)
+        sys.exit()
+    providers = [dry_run.add_dry_run_args, *extra_args_providers]
     if cpu_compat.is_needed():
         message = cpu_compat.enable()
         providers.append(cpu_settings.add_settings)

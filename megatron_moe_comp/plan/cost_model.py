@@ -167,13 +167,12 @@ def predict(model: Model, layout: Layout, machine: Machine, method: Method) -> P
     turns = (batches + stages - 1) / stages
     dense = turns * dense_flops(model, layout) / machine.flops
     experts = turns * method.expert_rows * expert_flops(model, layout) / machine.flops
-    total = transfer = codec = beside = wire_bytes = 0.0
+    total = transfer = codec = beside = 0.0
     for stack, traffic in zip(model.stacks, method.traffic, strict=True):
         layers = stack.num_moe_layers
         for wire in traffic.wires:
             times = [wire.passes * layers * t for t in _wire_seconds(wire, method, layout, machine)]
             total, transfer, codec = total + times[0], transfer + times[1], codec + times[2]
-            wire_bytes += wire.passes * layers * wire.mean_bytes
         at_home = traffic.memory_bytes / machine.memory_bandwidth + traffic.flops / machine.flops
         beside += layers * at_home
     passes = 4 if model.recompute == "full" else 3
@@ -188,8 +187,18 @@ def predict(model: Model, layout: Layout, machine: Machine, method: Method) -> P
             model, layout, machine, hidden=(passes - 1) / passes * (dense + experts)
         ),
         optimizer=_optimizer_seconds(model, layout, machine),
-        wire_bytes=batches / stages * wire_bytes,
+        wire_bytes=wire_bytes(model, layout, method),
     )
+
+
+def wire_bytes(model: Model, layout: Layout, method: Method) -> float:
+    """Returns the bytes that a rank sends through the four wires in a step, on average."""
+    of_layers = sum(
+        stack.num_moe_layers * wire.passes * wire.mean_bytes
+        for stack, traffic in zip(model.stacks, method.traffic, strict=True)
+        for wire in traffic.wires
+    )
+    return model.num_microbatches / layout.pipeline_parallel * of_layers
 
 
 def _wire_seconds(

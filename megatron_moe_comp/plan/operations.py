@@ -2,6 +2,8 @@
 
 from megatron_moe_comp.plan.shape import Layout, Model, Stack
 
+LOGIT_BYTES = 4
+
 
 def tokens_per_rank(model: Model, layout: Layout, stack: Stack) -> float:
     """Returns the tokens of a micro-batch that one rank dispatches."""
@@ -52,12 +54,48 @@ def expert_flops(model: Model, layout: Layout) -> float:
     )
 
 
-def weights_per_rank(model: Model, layout: Layout) -> tuple[float, float]:
-    """Returns the dense and the expert weights that a rank holds."""
+def weights(model: Model) -> tuple[int, int]:
+    """Returns the dense and the expert weights of the whole model, without norms and biases."""
     dense = sum(_dense_weights(model, stack) for stack in model.stacks)
-    dense += model.vocab_size * model.hidden_size
+    dense += (1 if model.tied_embeddings else 2) * model.vocab_size * model.hidden_size
     expert = model.num_experts * _ffn_weights(model, model.moe_ffn_hidden_size)
-    expert *= sum(stack.num_moe_layers for stack in model.stacks)
+    return dense, expert * sum(stack.num_moe_layers for stack in model.stacks)
+
+
+def weights_per_rank(model: Model, layout: Layout) -> tuple[float, float]:
+    """Returns the dense and the expert weights that a rank holds, of stages that hold the same."""
+    dense, expert = weights(model)
     shards = layout.expert_parallel * layout.expert_tensor_parallel
     stages = layout.pipeline_parallel
     return dense / layout.tensor_parallel / stages, expert / shards / stages
+
+
+def activation_bytes(model: Model, layout: Layout) -> float:
+    """Returns about what a rank keeps for the backward pass of the micro-batches under way.
+
+    Inputs of matrix products, norms and activation functions, after Korthikanti et al. (2022), who
+    keep the scores of attention, too; fused attention does not. Of the logits, float32.
+    """
+    hidden = model.hidden_size
+    queries = model.attention_size or hidden
+    attention = 2 * hidden + 2 * queries + 2 * (model.kv_size or queries)
+    inner = 3 if model.gated else 2
+    dense = 2 * hidden + inner * model.ffn_hidden_size
+    shared = inner * model.shared_expert_size
+    # A routed row is permuted, sent and multiplied by its probability.
+    routed = 3 * hidden + inner * model.moe_ffn_hidden_size
+    moe = 2 * hidden + shared + (model.topk * routed if model.recompute == "none" else 0)
+    values = 0.0
+    for stack in model.stacks:
+        per_token = (
+            stack.num_layers * stack.attentions * attention
+            + (stack.num_layers - stack.num_moe_layers) * dense
+            + stack.num_moe_layers * moe
+        )
+        if model.recompute == "full":
+            per_token = stack.num_layers * hidden
+        values += tokens_per_rank(model, layout, stack) * per_token
+    stages = layout.pipeline_parallel
+    under_way = min(stages, model.num_microbatches)
+    logits = tokens_per_rank(model, layout, model.stacks[-1]) * model.vocab_size
+    return values * model.value_bytes * under_way / stages + LOGIT_BYTES * logits

@@ -49,6 +49,8 @@ class Model:
     kv_size: int | None = None
     """Of all key heads together; None: as the query heads."""
     shared_expert_size: int = 0
+    tied_embeddings: bool = True
+    """Whether the output layer has the weights of the input embeddings."""
     recompute: Literal["none", "moe", "full"] = "none"
     """What backward passes compute, and the MoE layers among it send, again."""
 
@@ -168,6 +170,7 @@ def model_of_args(args: Namespace, layout: Layout) -> Model:
         attention_size=channels * heads,
         kv_size=channels * (groups or heads),
         shared_expert_size=args.moe_shared_expert_intermediate_size or 0,
+        tied_embeddings=not args.untie_embeddings_and_output_weights,
         recompute=_recompute_of_args(args),
     )
 
