@@ -51,6 +51,7 @@ LEVELS = {
     "mcore.answers": 5,
     "mcore.entry": 6,
     "mcore.auto_method": 5,
+    "mcore.dry_run": 5,
     "convert": 6,
     "plan.shape": 0,
     "plan.operations": 0,
