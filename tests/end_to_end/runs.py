@@ -75,10 +75,11 @@ def train(
     arguments = f"{model} {experts} {options}".split()
     arguments += ["--tensorboard-dir", str(events), "--data-cache-path", str(directory / "cache")]
     returncode, output = launch(script, arguments, ranks, directory)
-    return Run(returncode, output, _read_scalars(events))
+    return Run(returncode, output, read_scalars(events))
 
 
-def _read_scalars(events: Path) -> dict[str, dict[int, float]]:
+def read_scalars(events: Path) -> dict[str, dict[int, float]]:
+    """Returns the values of a directory's event files by tag and iteration."""
     if not events.exists():
         return {}
     accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
