@@ -65,7 +65,7 @@ class CodecOptions:
 
     moe_a2a_compress: Method = "none"
     """How the all-to-alls of the MoE layers are compressed. none: stock Megatron, whatever the
-    other options. auto: none, or birdmoe with 8 to 5 bits, whichever a short measurement at the
+    other options. auto: none, or birdmoe with 8 to 6 bits, whichever a short measurement at the
     start predicts to be faster; a resumed run keeps what was chosen. birdmoe: unbiased random
     quantization with load-aware bits (BirdMoE, DAC 2025), at 2 to 4 bits with finer codecs, see
     --moe-a2a-codec. lsh: similar rows are sent as one centroid (LSH-MoE, NeurIPS 2024; see

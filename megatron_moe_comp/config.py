@@ -20,7 +20,7 @@ WIRES: tuple[Wire, ...] = get_args(Wire)
 ScalePer = Literal["row", "chunk"]
 Scope = Literal["remote", "inter-node"]
 
-AUTO_MIN_BITS = 5
+AUTO_MIN_BITS = 6
 """Fewest bits per value that auto chooses by itself: fewer have a cost in quality."""
 MAX_CHUNKS = 64
 COLUMN_MULTIPLE = 8

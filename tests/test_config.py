@@ -116,7 +116,7 @@ def test_what_auto_may_become():
         True,
     )
     load_aware = replace(auto, moe_a2a_bit_policy="optimal")
-    assert load_aware.resolved(8).moe_a2a_min_bits == 5
+    assert load_aware.resolved(8).moe_a2a_min_bits == 6
     assert load_aware.resolved(4).moe_a2a_min_bits == 4
     assert replace(load_aware, moe_a2a_min_bits=3).resolved(8).moe_a2a_min_bits == 3
 

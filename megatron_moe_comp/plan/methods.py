@@ -203,7 +203,7 @@ def safe_configs(config: CompressionConfig, layout: Layout) -> list[CompressionC
     found = [config.resolved(bits) for bits in SAFE_BITS]
     if config.moe_a2a_bit_policy is None and layout.load >= LOAD_TO_BALANCE:
         load_aware = replace(config, moe_a2a_bit_policy="optimal")
-        found.insert(3, load_aware.resolved(max(SAFE_BITS)))
+        found.append(load_aware.resolved(max(SAFE_BITS)))
     return found
 
 

@@ -46,8 +46,8 @@ def test_the_choice_is_made_once_and_kept(tmp_path):
     assert (report["method"], report["bits"], report["bit_policy"]) == ("birdmoe", 5, "uniform")
     assert report["auto"]["method"] == "birdmoe"
     assert report["auto"]["measured"]["link_gbs"] == SLOW / 1e9
-    assert whole.output.count("all-to-all auto: birdmoe 5 bit, predicted to train at ") == 1
-    assert "all-to-all birdmoe 5 bit | iteration" in whole.output
+    assert whole.output.count("all-to-all auto: birdmoe 6 bit, predicted to train at ") == 1
+    assert "all-to-all birdmoe 6 bit | iteration" in whole.output
 
     # A link that has become fast changes nothing about a run that goes on.
     load = f"{short} --load {checkpoints} --ckpt-step 2"

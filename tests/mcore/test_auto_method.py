@@ -23,11 +23,11 @@ def decided(machine, config=AUTO, layout=LAYOUT):
 
 def test_a_slow_link_and_a_fast_codec():
     decision = decided(MACHINE)
-    assert decision.config == AUTO.resolved(5)
+    assert decision.config == AUTO.resolved(6)
     assert decision.config.moe_a2a_compress == "birdmoe"
     assert decision.config.moe_a2a_seed == 3
     saved = decision.as_dict()
-    assert (saved["method"], saved["bits"], saved["bit_policy"]) == ("birdmoe", 5, "uniform")
+    assert (saved["method"], saved["bits"], saved["bit_policy"]) == ("birdmoe", 6, "uniform")
     assert saved["measured"]["link_gbs"] == pytest.approx(0.1)
     assert saved["measured"]["predicted_speedup"] > 1.5
     assert "the speed of none; measured: link 0.1 GB/s" in saved["reason"]
@@ -62,7 +62,7 @@ def test_a_link_that_hardly_matters_gets_many_bits():
         decided(replace(free, far=Link(bandwidth))).config.moe_a2a_bits
         for bandwidth in (1e8, 1e9, 2e9, 3e9, 4e9, 1e10, 1e13)
     ]
-    assert (bits[0], bits[-1]) == (5, None)
+    assert (bits[0], bits[-1]) == (6, None)
     assert 8 in bits
 
 
@@ -111,4 +111,4 @@ def disagreeing(rank):
 def test_all_ranks_do_what_rank_0_decides(pool):
     found = pool.run(disagreeing)
     assert all(each == found[0] for each in found)
-    assert found[0][0].moe_a2a_bits == 5
+    assert found[0][0].moe_a2a_bits == 6

@@ -27,14 +27,14 @@ def run(capsys, tmp_path, options):
 def test_a_slow_link_is_worth_compressing_for(capsys, tmp_path):
     found, text = run(capsys, tmp_path, f"{MODEL} {RANKS} --inter-bandwidth 0.05 --tflops 5")
     rows = {row["method"]: row for row in found["rows"]}
-    assert found["recommended"] == "birdmoe 5 bit"
-    assert found["flags"][:2] == ["--moe-a2a-compress=birdmoe", "--moe-a2a-bits=5"]
+    assert found["recommended"] == "birdmoe 6 bit"
+    assert found["flags"][:2] == ["--moe-a2a-compress=birdmoe", "--moe-a2a-bits=6"]
     assert " ".join(found["flags"]) in text
     assert rows["none"]["speedup"] == 1
-    assert rows["birdmoe 5 bit"]["speedup"] == max(
+    assert rows["birdmoe 6 bit"]["speedup"] == max(
         row["speedup"] for row in found["rows"][:-3] if not row["changes_training"]
     )
-    assert rows["birdmoe 3 bit"]["speedup"] > rows["birdmoe 5 bit"]["speedup"]
+    assert rows["birdmoe 3 bit"]["speedup"] > rows["birdmoe 6 bit"]["speedup"]
     assert {n for n, row in rows.items() if row["changes_training"]} == {
         "birdmoe 4 bit",
         "birdmoe 3 bit",
@@ -59,12 +59,12 @@ def test_a_fast_link_is_not(capsys, tmp_path):
     assert found["flags"] == ["--moe-a2a-compress=none"]
     assert "Do not compress" in text
     # The break-evens say from where on it would be.
-    row = next(row for row in found["rows"] if row["method"] == "birdmoe 5 bit")
+    row = next(row for row in found["rows"] if row["method"] == "birdmoe 6 bit")
     limit = row["pays_below_bytes_per_s"] / 1e9
     options = f"{MODEL} {RANKS} --tflops 1e6 --inter-bandwidth"
     for bandwidth, pays in ((0.9 * limit, True), (1.1 * limit, False)):
         found, _ = run(capsys, tmp_path, f"{options} {bandwidth}")
-        row = next(row for row in found["rows"] if row["method"] == "birdmoe 5 bit")
+        row = next(row for row in found["rows"] if row["method"] == "birdmoe 6 bit")
         assert (row["speedup"] > 1) == pays
 
 
@@ -93,7 +93,7 @@ def test_its_own_options_are_kept(capsys, tmp_path):
     assert found["flags"][3:] == kept
     assert " ".join(kept) in text
     rows = {row["method"]: row for row in found["rows"]}
-    assert rows["birdmoe 5 bit"]["bytes_per_rank"] > 0.75 * rows["none"]["bytes_per_rank"]
+    assert rows["birdmoe 6 bit"]["bytes_per_rank"] > 0.75 * rows["none"]["bytes_per_rank"]
 
 
 def test_the_table_of_published_models(capsys, tmp_path):
