@@ -43,7 +43,7 @@ def test_the_choice_is_made_once_and_kept(tmp_path):
     short = "--train-iters 4 --lr-decay-iters 4 --eval-iters 0"
     save = f"{short} --save {checkpoints} --save-interval 2"
     whole, report = run(tmp_path / "saved", save, SLOW, FAST)
-    assert (report["method"], report["bits"], report["bit_policy"]) == ("birdmoe", 5, "uniform")
+    assert (report["method"], report["bits"], report["bit_policy"]) == ("birdmoe", 6, "uniform")
     assert report["auto"]["method"] == "birdmoe"
     assert report["auto"]["measured"]["link_gbs"] == SLOW / 1e9
     assert whole.output.count("all-to-all auto: birdmoe 6 bit, predicted to train at ") == 1

@@ -22,10 +22,9 @@ def run(directory, name, script, options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stock_megatron_goes_on_from_a_compressed_run(method, tmp_path):
-    save = f"--save {tmp_path}/checkpoints --save-interval 3 --train-iters 3"
-    load = f"--load {tmp_path}/checkpoints"
-    started = run(tmp_path, "ours", ENTRY, f"{METHODS[method]} {save} --lr-decay-iters 6")
-    assert len(started.history()["lm loss"]) == 3
+    save = f"--save {tmp_path}/checkpoints --save-interval 3"
+    load = f"--load {tmp_path}/checkpoints --ckpt-step 3"
+    assert len(run(tmp_path, "ours", ENTRY, f"{METHODS[method]} {save}").history()["lm loss"]) == 6
     stock = run(tmp_path, "stock", STOCK, load)
     assert "successfully loaded checkpoint" in stock.output
     # The same as stock's twin goes on with: nothing of the state is lost on the way.
