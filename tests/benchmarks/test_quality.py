@@ -218,4 +218,4 @@ def test_further_flags_are_those_of_every_run(run, tmp_path):
 
 def test_unknown_setting(run, capsys):
     assert run("--settings", "none,lsh-nine") == 2
-    assert "lsh-nine: not one of none, bf16," in capsys.readouterr().err
+    assert "lsh-nine: not one of none, identity," in capsys.readouterr().err

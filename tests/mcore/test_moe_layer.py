@@ -260,13 +260,16 @@ class Collectives(TorchDispatchMode):
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
+    def beside_rows(self):
+        """The names but those that move rows, by stock or by exchange() on gloo."""
+        return [name for name in self.names if not name.startswith(("alltoall", "send", "recv_"))]
+
 
 def collectives(rank, options):
     layer = compressed(make_config(), **options) if options else stock(make_config())
     with Collectives() as found:
         layer(torch.rand(TOKENS, BATCH, HIDDEN))
-    moving_rows = ("alltoall", "send", "recv_")
-    return [name for name in found.names if not name.startswith(moving_rows)]
+    return found.beside_rows()
 
 
 def test_load_aware_bits_and_dedup_need_no_further_collective(megatron_pool):
