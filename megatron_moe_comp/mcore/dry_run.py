@@ -33,7 +33,7 @@ FLAG = "--dry-run"
 GPUS_PER_NODE = 8
 """Where --moe-a2a-ranks-per-node does not say."""
 ADAM_BYTES, GRADIENT_BYTES, MASTER_BYTES = 8, 4, 4
-OLDEST_GPU = (9, 0)
+ASSUMED_CAPABILITY = (9, 0)
 """Compute capability that Megatron is told of where there is no GPU."""
 
 
@@ -82,7 +82,7 @@ def _without_gpu() -> Iterator[None]:
     """Has Megatron's validation find a GPU where there is none."""
     original = torch.cuda.get_device_capability
     if not torch.cuda.is_available():
-        torch.cuda.get_device_capability = lambda device=None: OLDEST_GPU
+        torch.cuda.get_device_capability = lambda device=None: ASSUMED_CAPABILITY
     try:
         yield
     finally:
