@@ -33,7 +33,7 @@ from megatron_moe_comp.mcore import arguments
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
-from megatron_moe_comp.phase_times import PHASES, PhaseTimes
+from megatron_moe_comp.phase_times import PHASES
 
 Step = dict[str, Any]
 
@@ -89,7 +89,6 @@ class Measurement:
         self._layers: list[CompressedMoELayer] = []
         self._dispatchers: dict[str, list[CountedAlltoAllTokenDispatcher]] = {}
         self._adaptations: dict[str, LshAdaptation] = {}
-        self._experts = PhaseTimes()
         self._tokens_per_expert: list[torch.Tensor] = []
         self._steps = self._carry_out()
         self._iteration: int | None = None
@@ -114,21 +113,13 @@ class Measurement:
         """Returns `models`; makes the dispatchers of all methods and hooks into the layers."""
         modules = (module for model in models for module in model.modules())
         self._layers = [m for m in modules if isinstance(m, CompressedMoELayer)]
-        self._experts.start()
         for layer in self._layers:
             layer.router.register_forward_hook(self._count_tokens)
-            experts = layer.experts
-            experts.register_forward_pre_hook(lambda *_: self._experts.begin())
-            experts.register_forward_hook(lambda *_: self._experts.end("experts"))
-            experts.register_full_backward_pre_hook(lambda *_: self._experts.begin())
-            experts.register_full_backward_hook(lambda *_: self._experts.end("experts"))
         for name, compression in self._methods.items():
             step = partial(self._step, name)
             self._dispatchers[name] = [
                 layer.new_dispatcher(compression, step) for layer in self._layers
             ]
-            for dispatcher in self._dispatchers[name]:
-                dispatcher.stats.phases.start()
             self._install(name)
             if compression.enabled and compression.adapts:
                 adaptation = LshAdaptation(compression, step, lambda: None, lambda _: None)
@@ -188,6 +179,8 @@ class Measurement:
 
     def _begin_step(self) -> Step:
         self._tokens_per_expert.clear()
+        for dispatcher in self._dispatchers[self._method]:
+            dispatcher.stats.phases.start()
         counters = self._counters()
         dist.barrier()
         return {"sent": self._sent(), **counters, "start": time.perf_counter()}
@@ -211,12 +204,8 @@ class Measurement:
     def _counters(self) -> dict[str, dict[str, float]]:
         """Returns the seconds by phase, and the columns of CommStats, summed over layers."""
         stats = [dispatcher.stats for dispatcher in self._dispatchers[self._method]]
-        phases = {
-            phase: sum(
-                times.seconds[phase] for times in (self._experts, *(s.phases for s in stats))
-            )
-            for phase in PHASES
-        }
+        seconds = [s.phases.seconds() for s in stats]
+        phases = {phase: sum(of_layer[phase] for of_layer in seconds) for phase in PHASES}
         sums = sum(s.totals() for s in stats).sum(dim=0).tolist()
         return {"phases": phases, "counts": dict(zip(Column.__members__, sums, strict=True))}
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import Any
 
 import torch
 
 from megatron_moe_comp.config import WIRES, CompressionConfig, Wire
-from megatron_moe_comp.phase_times import PhaseTimes
+from megatron_moe_comp.phase_times import Phase, PhaseTimes
 
 
 class Column(IntEnum):
@@ -26,28 +27,43 @@ class Column(IntEnum):
     """(token, expert) pairs."""
     ROWS = 5
     """Rows that carried them."""
-    CODED_ROWS = 6
-    """Those of the rows that were compressed."""
-    ROW_BITS = 7
-    """The sum of their bits per value."""
-    PASSES = 8
+    ROWS_2_BITS = 6
+    """Those of the rows that were compressed to 2 bits per value."""
+    ROWS_3_BITS = 7
+    ROWS_4_BITS = 8
+    ROWS_5_BITS = 9
+    ROWS_6_BITS = 10
+    ROWS_7_BITS = 11
+    ROWS_8_BITS = 12
+    PASSES = 13
     """Passes that the loads are summed over."""
-    LOAD_RAW = 9
+    LOAD_RAW = 14
     """Bytes of the most loaded rank of each pass, as float32."""
-    LOAD_UNIFORM = 10
+    LOAD_UNIFORM = 15
     """The same if all rows had the same bits."""
-    LOAD = 11
+    LOAD = 16
     """The same as sent."""
-    CLUSTERED_ROWS = 12
+    NODE_LOAD_RAW = 17
+    """Bytes of the most loaded node of each pass, as float32; these three if there are several."""
+    NODE_LOAD_UNIFORM = 18
+    NODE_LOAD = 19
+    CLUSTERED_ROWS = 20
     """Rows that were clustered, those that stay on their rank included; in dispatch_fwd only."""
-    CENTROIDS = 13
+    CENTROIDS = 21
     """Centroids of them; in dispatch_fwd only."""
-    CLUSTERED_SQUARE = 14
+    CLUSTERED_SQUARE = 22
     """Sum of squares of the sampled clustered rows; in dispatch_fwd only."""
-    RESIDUAL_SQUARE = 15
+    RESIDUAL_SQUARE = 23
     """Sum of squares of them less their centroids; in dispatch_fwd only."""
-    FLOPS_SAVED = 16
+    FLOPS_SAVED = 24
     """Operations that experts did not do for rows that shared a centroid; in dispatch_fwd only."""
+
+
+NUM_BITS = range(2, 9)
+"""Bits per value that rows can have, in the order of their columns."""
+ROWS_OF_BITS = slice(Column.ROWS_2_BITS, Column.ROWS_8_BITS + 1)
+LOADS = ("float32_bytes", "uniform_bytes", "bytes")
+"""What is reported of a load, in the order of its columns."""
 
 
 class CommStats:
@@ -67,6 +83,10 @@ class CommStats:
         """False in evaluation, whose traffic would blur the figures per iteration."""
         self.phases = PhaseTimes()
 
+    def timed(self, phase: Phase, device: torch.device) -> AbstractContextManager[None]:
+        """Returns a context that counts as `phase` of training, and as nothing in evaluation."""
+        return self.phases.timed(phase, device) if self.counting else nullcontext()
+
     def add_bytes(self, wire: Wire, raw_bytes: int, wire_bytes: int) -> None:
         """Counts one message: its size as float32 values and as handed to the collective."""
         self._add(wire, {Column.RAW: raw_bytes, Column.WIRE: wire_bytes})
@@ -78,31 +98,25 @@ class CommStats:
             wire: the wire.
             pairs: rows that would be sent if no two experts shared one.
             rows: rows sent.
-            bits: (rows, bits per value) of the rows that are compressed.
+            bits: (rows, bits per value) of the rows that are compressed to a chosen width.
         """
-        coded_rows = sum(n for n, _ in bits)
-        row_bits = sum(n * b for n, b in bits)
-        self._add(
-            wire,
-            {
-                Column.PAIRS: pairs,
-                Column.ROWS: rows,
-                Column.CODED_ROWS: coded_rows,
-                Column.ROW_BITS: row_bits,
-            },
-        )
+        self._add(wire, {Column.PAIRS: pairs, Column.ROWS: rows})
+        for num_rows, num_bits in bits:
+            self._add(wire, {Column.ROWS_2_BITS + num_bits - NUM_BITS.start: num_rows})
 
-    def add_load(self, wire: Wire, raw: int, uniform: int, sent: int) -> None:
-        """Counts the bytes of the most loaded rank in one pass: as float32, uniform, as sent."""
-        self._add(
-            wire,
-            {
-                Column.PASSES: 1,
-                Column.LOAD_RAW: raw,
-                Column.LOAD_UNIFORM: uniform,
-                Column.LOAD: sent,
-            },
-        )
+    def add_load(
+        self, wire: Wire, of_rank: Sequence[int], of_node: Sequence[int] | None = None
+    ) -> None:
+        """Counts the bytes of the most loaded rank in one pass, and of the most loaded node.
+
+        Args:
+            wire: the wire.
+            of_rank: as float32, if all rows had the same bits, and as sent.
+            of_node: the same; None if all ranks are on one node.
+        """
+        self._add(wire, {Column.PASSES: 1})
+        self._add(wire, dict(enumerate(of_rank, Column.LOAD_RAW)))
+        self._add(wire, dict(enumerate(of_node or (), Column.NODE_LOAD_RAW)))
 
     def add_clusters(self, rows: int, centroids: int) -> None:
         """Counts rows that were clustered, and their centroids."""
@@ -164,16 +178,18 @@ def summarize(
         config: the method in use.
 
     Returns:
-        {"method", "bits", "bit_policy", "mean_bits", "ratio_fp32", "ratio_bf16", "pairs", "rows",
-        "most_loaded_rank": {"float32_bytes", "uniform_bytes", "bytes"}, "lsh": {"rows",
-        "centroids", "rate", "residual_norm", "expert_flops_saved"}, "wires": {wire: {"raw_bytes",
-        "wire_bytes", "sqnr_db"}}, "layers": [{"layer", "name", "ratio_fp32", "mean_bits",
-        "most_loaded_rank", "lsh", "wires"}]}. Bytes are of all ranks, except those of the most
-        loaded rank: what it sends or receives, whichever is more, in one layer and micro-batch,
-        over the four wires, without padding. A figure is None where nothing crossed a wire; sqnr_db
-        also where nothing was sampled or lossless, mean_bits where the width is fixed, lsh with
-        other methods. Rows of lsh include those that stay on their rank; residual_norm is the norm
-        of what centroids leave of rows over that of the rows.
+        {"method", "bits", "bit_policy", "mean_bits", "rows_of_bits": {bits: rows}, "ratio_fp32",
+        "ratio_bf16", "pairs", "rows", "most_loaded_rank": {"float32_bytes", "uniform_bytes",
+        "bytes"}, "most_loaded_node": the same, "lsh": {"rows", "centroids", "rate",
+        "residual_norm", "expert_flops_saved"}, "wires": {wire: {"raw_bytes", "wire_bytes",
+        "sqnr_db"}}, "layers": [{"layer", "name", and what is reported of all}]}. Bytes are of all
+        ranks, except those of the most loaded rank, or node: what it sends to others or receives,
+        whichever is more, in one layer and micro-batch, over the four wires, without padding. A
+        figure is None where nothing crossed a wire; sqnr_db also where nothing was sampled or
+        lossless, mean_bits and rows_of_bits where the width is fixed, most_loaded_node where
+        expert-parallel ranks share a node, lsh with other methods. Rows of lsh include those that
+        stay on their rank; residual_norm is the norm of what centroids leave of rows over that of
+        the rows.
     """
     overall = totals.sum(dim=0)
     figures = _figures(overall, config)
@@ -197,21 +213,28 @@ def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
     """Returns what is reported of one layer, or of all, from its [wires, columns]."""
     columns = totals.sum(dim=0)
     raw, wire = columns[Column.RAW].item(), columns[Column.WIRE].item()
-    coded_rows, has_bits = columns[Column.CODED_ROWS].item(), config.enabled and config.moe_a2a_bits
-    passes = totals[:, Column.PASSES, None].clamp(min=1)
-    load = (totals[:, Column.LOAD_RAW : Column.LOAD + 1] / passes).sum(dim=0)
-    keys = ("float32_bytes", "uniform_bytes", "bytes")
+    has_bits = config.enabled and config.moe_a2a_bits
+    rows_of_bits = dict(zip(NUM_BITS, map(int, columns[ROWS_OF_BITS]), strict=True))
+    coded_rows = sum(rows_of_bits.values())
+    row_bits = sum(bits * rows for bits, rows in rows_of_bits.items())
     return {
         "ratio_fp32": raw / wire if wire else None,
-        "mean_bits": columns[Column.ROW_BITS].item() / coded_rows
+        "mean_bits": row_bits / coded_rows if coded_rows and has_bits else None,
+        "rows_of_bits": {bits: rows for bits, rows in rows_of_bits.items() if rows}
         if coded_rows and has_bits
         else None,
-        "most_loaded_rank": dict(zip(keys, load.tolist(), strict=True))
-        if columns[Column.PASSES] > 0
-        else None,
+        "most_loaded_rank": _load(totals, Column.LOAD_RAW),
+        "most_loaded_node": _load(totals, Column.NODE_LOAD_RAW),
         "lsh": _clusters(columns) if config.moe_a2a_compress == "lsh" else None,
         "wires": _wires(totals),
     }
+
+
+def _load(totals: torch.Tensor, first: Column) -> dict[str, float] | None:
+    """Returns the loads per pass from [wires, columns], summed over wires; None without any."""
+    passes = totals[:, Column.PASSES, None].clamp(min=1)
+    load = (totals[:, first : first + len(LOADS)] / passes).sum(dim=0)
+    return dict(zip(LOADS, load.tolist(), strict=True)) if load.any() else None
 
 
 def _clusters(columns: torch.Tensor) -> dict[str, float | int | None]:

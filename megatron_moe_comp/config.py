@@ -46,7 +46,8 @@ class CompressionConfig(CodecOptions, LshOptions):
     their node, while rows between ranks of one node travel unchanged in the same message."""
 
     moe_a2a_ranks_per_node: int | None = None
-    """Consecutive ranks that share a node, for inter-node (default: LOCAL_WORLD_SIZE)."""
+    """Consecutive ranks that share a node, for inter-node and for the load of nodes in the
+    statistics (default: LOCAL_WORLD_SIZE)."""
 
     moe_a2a_dedup: bool = False
     """Send a token that has several experts on one rank once to that rank, and add up the experts'
@@ -58,6 +59,10 @@ class CompressionConfig(CodecOptions, LshOptions):
 
     moe_a2a_seed: int | None = None
     """Seed of the random rounding, 0 to 4294967295 (default: Megatron's --seed)."""
+
+    moe_a2a_stats_jsonl: str | None = None
+    """File that rank 0 adds a line of JSON to at each log interval: progress, loss, traffic, error,
+    times of phases. python -m megatron_moe_comp.watch shows it."""
 
     moe_a2a_stats_json: str | None = None
     """File that rank 0 writes at the end with the bytes before and after compression and the
@@ -121,11 +126,6 @@ class CompressionConfig(CodecOptions, LshOptions):
                 f"{scope}: which ranks share a node is not known, as "
                 "LOCAL_WORLD_SIZE is not set. Set --moe-a2a-ranks-per-node, or start with torchrun."
             )
-        if not scope and self.moe_a2a_ranks_per_node is not None:
-            raise ValueError(
-                f"--moe-a2a-ranks-per-node={self.moe_a2a_ranks_per_node}: rows are compressed "
-                "within a node, too. Drop the option, or use --moe-a2a-scope=inter-node."
-            )
 
     def coding(self, wire: Wire) -> Coding:
         """Returns what encodes on a wire, if it is one of `moe_a2a_wires`."""
@@ -179,7 +179,7 @@ class CompressionConfig(CodecOptions, LshOptions):
                 given = flag(rule.option) + ("" if value is True else f"={value}")
                 raise ValueError(f"{given}: {method} {rule.why}. {rule.remedy}.")
         world_size, per_node = getattr(options, "world_size", None), self.moe_a2a_ranks_per_node
-        if world_size and per_node and world_size % per_node:
+        if self.inter_node_option and world_size and world_size % per_node:
             raise ValueError(
                 f"--moe-a2a-ranks-per-node={per_node}: {world_size} ranks cannot be divided into "
                 f"nodes of {per_node}. Use a divisor of {world_size}."

@@ -1,57 +1,94 @@
-"""PhaseTimes: how long one layer's all-to-alls take on one rank, phase by phase."""
+"""PhaseTimes: how long one layer's all-to-alls and experts take on one rank, phase by phase."""
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
+from torch.profiler import record_function
 
 Phase = Literal["encode", "transfer", "decode", "experts"]
 """encode: hashing, clustering and writing the message. transfer: the collective, with the wait for
-the slowest rank. decode: reading the message and restoring rows from centroids. Of gradients, too.
+the slowest rank. decode: reading the message and restoring rows from centroids. experts: putting
+rows in their order and computing. Of gradients, too.
 """
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_UNTIMED = nullcontext()
+Instant = float | torch.cuda.Event
+"""A moment by the host's clock, or one that a device comes to."""
 
 
 class PhaseTimes:
-    """Seconds by the host's clock in each phase, which do not nest; off until `start` is called.
+    """Seconds in each phase, which do not nest: of a device by its own clock, else by the host's.
 
-    They are of tensors on the CPU: a device goes on with its work while the host's clock stops.
+    Each phase is a range `moe-a2a/PHASE` of a profile, whether times are taken or not: of
+    torch.profiler, and of Nsight through `emit_nvtx`, as with Megatron's --profile.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[Phase, float] | None = None
-        self._begun = 0.0
+        self.on = False
+        """Whether times are taken; a gradient's if they were when its operation ran."""
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._on_device: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: Instant | None = None
 
     def start(self) -> None:
-        """Starts timing from zero."""
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        """Takes times from here on."""
+        self.seconds()  # of events long ago, by now: few are kept, and the device is not waited for
+        self.on = True
 
-    def timed(self, phase: Phase) -> AbstractContextManager[None]:
-        """Returns a context that counts as `phase`."""
-        return _UNTIMED if self.seconds is None else self._timed(phase)
+    def seconds(self) -> dict[Phase, float]:
+        """Returns the seconds so far; waits for the device where times are its."""
+        for phase, begun, ended in self._on_device:
+            ended.synchronize()
+            self._seconds[phase] += begun.elapsed_time(ended) / 1e3
+        self._on_device.clear()
+        return dict(self._seconds)
 
     @contextmanager
-    def _timed(self, phase: Phase) -> Iterator[None]:
-        self.begin()
-        yield
-        self.end(phase)
-
-    def begin(self) -> None:
-        """Starts the clock of the phase that `end` will name."""
-        self._begun = time.perf_counter()
-
-    def end(self, phase: Phase) -> None:
-        """Counts the time since `begin` as `phase`."""
-        if self.seconds is not None:
-            self.seconds[phase] += time.perf_counter() - self._begun
+    def timed(self, phase: Phase, device: torch.device) -> Iterator[None]:
+        """Counts what is done in this context, on `device`, as `phase`."""
+        with record_function(f"moe-a2a/{phase}"):
+            if not self.on:
+                yield
+                return
+            begun = _now(device)
+            yield
+            self._count(phase, begun, device)
 
     def time_gradient(self, result: torch.Tensor, phase: Phase) -> None:
         """Makes the backward of the operation that returned `result` count as `phase`."""
-        if self.seconds is not None and result.grad_fn is not None:
-            result.grad_fn.register_prehook(lambda _: self.begin())
-            result.grad_fn.register_hook(lambda *_: self.end(phase))
+        if self.on and result.grad_fn is not None:
+            result.grad_fn.register_prehook(lambda _: self._begin(result.device))
+            result.grad_fn.register_hook(lambda *_: self._end(phase, result.device))
+
+    def time_gradients(self, result: torch.Tensor, source: torch.Tensor, phase: Phase) -> None:
+        """Makes the backward of all that led from `source` to `result` count as `phase`."""
+        if self.on and result.requires_grad and source.requires_grad:
+            result.register_hook(lambda grad: self._begin(grad.device))
+            source.register_hook(lambda grad: self._end(phase, grad.device))
+
+    def _begin(self, device: torch.device) -> None:
+        self._begun = _now(device)
+
+    def _end(self, phase: Phase, device: torch.device) -> None:
+        if self._begun is not None:
+            self._count(phase, self._begun, device)
+            self._begun = None
+
+    def _count(self, phase: Phase, begun: Instant, device: torch.device) -> None:
+        ended = _now(device)
+        if isinstance(ended, float):
+            self._seconds[phase] += ended - begun
+        else:
+            self._on_device.append((phase, begun, ended))
+
+
+def _now(device: torch.device) -> Instant:
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -18,8 +18,9 @@ def test_counters_add_up_by_wire():
     stats.add_error("combine_bwd", x, x + torch.tensor([[0.0, 1.0]]))
     stats.add_error("combine_bwd", x.bfloat16(), x.bfloat16())
     stats.add_rows("combine_bwd", 7, 5, [(3, 4), (1, 8)])
-    stats.add_load("combine_bwd", 1000, 200, 100)
-    stats.add_load("combine_bwd", 10, 20, 30)
+    stats.add_rows("combine_bwd", 2, 2, [(2, 4), (0, 2)])
+    stats.add_load("combine_bwd", (1000, 200, 100))
+    stats.add_load("combine_bwd", (10, 20, 30), (1, 2, 3))
     totals = stats.totals()
     row = dict(zip(Column, totals[WIRES.index("combine_bwd")].tolist(), strict=True))
     assert {column: count for column, count in row.items() if count} == {
@@ -27,14 +28,17 @@ def test_counters_add_up_by_wire():
         Column.WIRE: 30,
         Column.SIGNAL: 50,
         Column.NOISE: 1,
-        Column.PAIRS: 7,
-        Column.ROWS: 5,
-        Column.CODED_ROWS: 4,
-        Column.ROW_BITS: 20,
+        Column.PAIRS: 9,
+        Column.ROWS: 7,
+        Column.ROWS_4_BITS: 5,
+        Column.ROWS_8_BITS: 1,
         Column.PASSES: 2,
         Column.LOAD_RAW: 1010,
         Column.LOAD_UNIFORM: 220,
         Column.LOAD: 130,
+        Column.NODE_LOAD_RAW: 1,
+        Column.NODE_LOAD_UNIFORM: 2,
+        Column.NODE_LOAD: 3,
     }
     assert totals.sum() == sum(row.values())
 
@@ -44,7 +48,15 @@ def test_evaluation_is_not_counted():
     stats.counting = False
     stats.add_bytes("dispatch_fwd", 100, 20)
     stats.add_clusters(100, 20)
+    stats.phases.start()
+    with stats.timed("encode", torch.device("cpu")):
+        pass
     assert not stats.totals().any()
+    assert not stats.phases.seconds()["encode"]
+    stats.counting = True
+    with stats.timed("encode", torch.device("cpu")):
+        pass
+    assert stats.phases.seconds()["encode"] > 0
 
 
 def test_clusters_are_counted_with_the_first_wire():
@@ -123,16 +135,21 @@ def test_loads_are_means_over_passes_summed_over_wires():
     totals[0, :, Column.LOAD_RAW] = 400
     totals[0, :, Column.LOAD_UNIFORM] = 40
     totals[:, :, Column.LOAD] = 20
-    totals[0, :2, Column.CODED_ROWS] = 10
-    totals[0, :2, Column.ROW_BITS] = torch.tensor([40.0, 50.0])
+    totals[0, :, Column.NODE_LOAD] = 40
+    totals[0, 0, Column.ROWS_4_BITS] = 10
+    totals[0, 1, Column.ROWS_5_BITS] = 10
     totals[0, :, Column.PAIRS], totals[0, :, Column.ROWS] = 12, 9
     report = summarize(totals, {1: "a", 2: "b"}, BIRDMOE)
     loads = [layer["most_loaded_rank"] for layer in report["layers"]]
     assert loads[0] == {"float32_bytes": 600, "uniform_bytes": 60, "bytes": 30}
     assert loads[1] == {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 30}
     assert report["most_loaded_rank"] == {"float32_bytes": 300, "uniform_bytes": 30, "bytes": 30}
+    of_node = {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 60}
+    assert [layer["most_loaded_node"] for layer in report["layers"]] == [of_node, None]
     assert report["mean_bits"] == report["layers"][0]["mean_bits"] == 4.5
+    assert report["rows_of_bits"] == {4: 10, 5: 10}
     assert report["layers"][1]["mean_bits"] is None
+    assert report["layers"][1]["rows_of_bits"] is None
     assert (report["pairs"], report["rows"]) == (48, 36)
     assert (report["bits"], report["bit_policy"]) == (4, "optimal")
 
@@ -140,7 +157,7 @@ def test_loads_are_means_over_passes_summed_over_wires():
 def test_a_fixed_width_has_no_bits():
     totals = torch.ones(1, len(WIRES), len(Column), dtype=torch.float64)
     report = summarize(totals, {1: "a"}, CompressionConfig(moe_a2a_compress="fp8"))
-    assert report["bits"] is report["mean_bits"] is None
+    assert report["bits"] is report["mean_bits"] is report["rows_of_bits"] is None
 
 
 def test_nothing_sent():

@@ -48,7 +48,6 @@ def model(**changes):
         ({"moe_a2a_compress": "auto", "moe_a2a_min_bits": 5}, ("--moe-a2a-min-bits=5", "uniform")),
         ({"moe_a2a_scope": "node"}, ("--moe-a2a-scope=node", "inter-node")),
         ({"moe_a2a_scope": "inter-node"}, ("--moe-a2a-scope=inter-node", "ranks-per-node")),
-        ({"moe_a2a_ranks_per_node": 2}, ("--moe-a2a-ranks-per-node=2", "inter-node")),
         ({"moe_a2a_ranks_per_node": 0}, ("--moe-a2a-ranks-per-node=0", "from 1")),
         ({"moe_a2a_chunks": 0}, ("--moe-a2a-chunks=0", "1 to 64")),
         ({"moe_a2a_chunks": 65}, ("--moe-a2a-chunks=65", "1 to 64")),
@@ -315,6 +314,7 @@ def test_nodes_must_divide_the_ranks():
     config.check_model(model(world_size=8))
     with pytest.raises(ValueError, match=r"ranks-per-node=4: 6 ranks .* Use a divisor of 6"):
         config.check_model(model(world_size=6))
+    replace(config, moe_a2a_scope="remote").check_model(model(world_size=6))
 
 
 def test_a_fitting_model_is_accepted():

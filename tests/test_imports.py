@@ -43,6 +43,7 @@ LEVELS = {
     "mcore.arguments": 5,
     "mcore.log_outputs": 5,
     "mcore.stats_logging": 5,
+    "mcore.stats_text": 5,
     "mcore.upcycling": 5,
     "mcore.t5_specs": 5,
     "mcore.t5_model": 5,

@@ -145,12 +145,12 @@ def send(
                 (to_receive, [b.received for b in with_piece]),
             )
         )
-        with stats.phases.timed("encode"):
+        with stats.timed("encode", rows.device):
             buffer = sending.encode(rows, [b.leaving for b in with_piece], message.random)
         wire_bytes += buffer.numel()
         if message.measure_error:
             _measure_error(sending, rows, buffer, message, stats)
-        with stats.phases.timed("transfer"):
+        with stats.timed("transfer", rows.device):
             received, arrival = exchange(
                 buffer, sending.layout.byte_splits, receiving.layout.byte_splits, route.group
             )
@@ -178,7 +178,7 @@ def _count(
     bits = []
     if not isinstance(message.codec, Identity):
         links = zip(route.sent.rows, route.sent.bits, route.plain, strict=True)
-        bits = [(num_rows, num_bits) for num_rows, num_bits, plain in links if not plain]
+        bits = [(rows, num_bits) for rows, num_bits, plain in links if num_bits and not plain]
     num_rows = sum(_without_own(route.sent.rows, route.rank))
     stats.add_rows(message.wire, pairs, num_rows, bits)
 
@@ -193,9 +193,9 @@ def _finish(
     stats: CommStats,
 ) -> None:
     """Waits for one packet and decodes it."""
-    with stats.phases.timed("transfer"):
+    with stats.timed("transfer", rows.device):
         arrival.wait()
-    with stats.phases.timed("decode"):
+    with stats.timed("decode", rows.device):
         packet.decode(received, rows, [b.arriving for b in beside], random)
 
 

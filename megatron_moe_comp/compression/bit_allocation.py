@@ -87,10 +87,22 @@ def variance(num_rows: torch.Tensor, bits: torch.Tensor) -> float:
 
 
 def most_loaded(link_bytes: torch.Tensor) -> int:
-    """Returns the bytes of the node that sends or receives most.
+    """Returns the bytes of the rank, or node, that sends most to others or receives most.
 
     Args:
-        link_bytes: int64 [P, P], bytes from rank s to rank d.
+        link_bytes: int64 [P, P], bytes from s to d.
     """
     crossing = link_bytes - link_bytes.diagonal().diag()
     return int(torch.maximum(crossing.sum(dim=0), crossing.sum(dim=1)).max())
+
+
+def between_nodes(link_bytes: torch.Tensor, node_of_rank: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes from node s to node d, int64 [nodes, nodes].
+
+    Args:
+        link_bytes: int64 [P, P], bytes from rank s to rank d.
+        node_of_rank: int64 [P], numbered from 0.
+    """
+    nodes = int(node_of_rank.max()) + 1
+    to_ranks = link_bytes.new_zeros(nodes, len(link_bytes)).index_add_(0, node_of_rank, link_bytes)
+    return link_bytes.new_zeros(nodes, nodes).index_add_(1, node_of_rank, to_ranks)

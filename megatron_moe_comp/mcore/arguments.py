@@ -129,8 +129,7 @@ def compression_config_from_args(args: Namespace) -> CompressionConfig:
     values["moe_a2a_wires"] = tuple(values["moe_a2a_wires"])
     if values["moe_a2a_seed"] is None:
         values["moe_a2a_seed"] = args.seed
-    between_nodes = "inter-node" in (values["moe_a2a_scope"], values["moe_lsh_scope"])
-    if between_nodes and values["moe_a2a_ranks_per_node"] is None:
+    if values["moe_a2a_ranks_per_node"] is None:
         ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE")
         values["moe_a2a_ranks_per_node"] = int(ranks_per_node) if ranks_per_node else None
     config = CompressionConfig(**values)

@@ -1,6 +1,5 @@
 """What --moe-a2a-compress=auto stands for: decided at the start, from a short measurement."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +71,7 @@ def _resumed(saved: dict[str, Any], config: CompressionConfig) -> _Decision:
 
 
 def _measured_decision(args: Namespace, config: CompressionConfig) -> _Decision:
-    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or args.world_size
-    per_node = config.moe_a2a_ranks_per_node or int(local_ranks)
+    per_node = config.moe_a2a_ranks_per_node or args.world_size
     layout = layout_of_args(args, args.world_size, per_node, load=1.0)
     model = model_of_args(args, layout)
     if layout.expert_parallel == 1:

@@ -59,7 +59,7 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns rows [M, H] and probabilities [M] of this rank's experts, as stock does."""
-        with self.stats.phases.timed("transfer"):
+        with self.stats.timed("transfer", permuted_probs.device):
             rows, probs = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
         if self.ep_size > 1:
             sent, received = self._remote_rows(len(permutated_local_input_tokens))
@@ -71,7 +71,7 @@ class CountedAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Returns the experts' outputs [N, H] for this rank's tokens, as stock does."""
-        with self.stats.phases.timed("transfer"):
+        with self.stats.timed("transfer", hidden_states.device):
             rows = super().token_combine(hidden_states, *args, **kwargs)
         if self.ep_size > 1:
             sent, received = self._remote_rows(len(rows))

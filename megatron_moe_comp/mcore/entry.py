@@ -77,7 +77,7 @@ def train(
     """
     compression, decision = resolve_auto(args, compression)
     use_compressed_moe(model_config, compression, arguments.current_step)
-    stats = StatsLogger(compression, arguments.current_step, args.log_interval, decision)
+    stats = StatsLogger(compression, arguments.current_step, args, decision)
     stats.attach(model_config, layer_names)
     LshAdaptation(
         compression,
@@ -95,7 +95,7 @@ def train(
             pretrain_cfg_container_from_args(args, model_config),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            stats.watched(forward_step),
             **pretrain_kwargs,
         )
     except SystemExit as stop:

@@ -1,5 +1,6 @@
 """Where figures go besides the console: files that rank 0 writes, TensorBoard and W&B."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
@@ -30,3 +31,40 @@ def write_scalars(scalars: dict[str, float], iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if wandb_writer:
         wandb_writer.log(scalars, iteration)
+
+
+def write_histogram(name: str, counts: Mapping[int, int], iteration: int) -> None:
+    """Writes how often each whole number occurred, like `write_scalars`."""
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    if not counts or not (writer or wandb_writer):
+        return
+    numbers = range(min(counts), max(counts) + 1)
+    occurred = [counts.get(number, 0) for number in numbers]
+    if writer:
+        writer.add_histogram_raw(
+            name,
+            min=numbers[0],
+            max=numbers[-1],
+            num=sum(occurred),
+            sum=sum(number * n for number, n in counts.items()),
+            sum_squares=sum(number**2 * n for number, n in counts.items()),
+            bucket_limits=[number + 0.5 for number in numbers],
+            bucket_counts=occurred,
+            global_step=iteration,
+        )
+    if wandb_writer:
+        edges = [number - 0.5 for number in (*numbers, numbers[-1] + 1)]
+        histogram = wandb_writer.Histogram(np_histogram=(occurred, edges))
+        wandb_writer.log({name: histogram}, iteration)
+
+
+def write_panels(category: str, panels: Mapping[str, Sequence[str]]) -> None:
+    """Makes TensorBoard draw together what belongs together, on its page of custom scalars.
+
+    Args:
+        category: what to call all of them.
+        panels: by title, regular expressions of the names drawn in one chart.
+    """
+    if writer := get_tensorboard_writer():
+        layout = {title: ["Multiline", list(names)] for title, names in panels.items()}
+        writer.add_custom_scalars({category: layout})

@@ -96,7 +96,7 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
             fused=self.config.moe_permute_fusion,
         )
         groups = Groups(num_per_expert, self._clustered, len(rows))
-        with self.stats.phases.timed("encode"):
+        with self.stats.timed("encode", rows.device):
             clusters, probes = self._cluster(rows, groups)
             centroids = clusters.mean(rows)
         self.stats.phases.time_gradient(centroids, "encode")
@@ -187,7 +187,7 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._at_home = None
         if home.probes is not None:
             self._probe(home, self._of_clusters(home, outputs.detach()))
-        with self.stats.phases.timed("decode"):
+        with self.stats.timed("decode", outputs.device):
             restored = self._of_rows(home, outputs)
             self.stats.phases.time_gradient(restored, "decode")
             if factor := self._residual_factor():

@@ -98,6 +98,23 @@ class CompressedMoELayer(MoELayer):
                 probs, routing_map = probs.masked_fill(padding, 0), routing_map & ~padding
         return probs, routing_map
 
+    def routed_experts_compute(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Returns the experts' outputs as stock does; a phase of the statistics.
+
+        Args:
+            hidden_states: [M, H], as dispatched.
+            probs: [M].
+        """
+        stats = self.stats
+        if stats is None:
+            return super().routed_experts_compute(hidden_states, probs)
+        with stats.timed("experts", hidden_states.device):
+            output, bias = super().routed_experts_compute(hidden_states, probs)
+        stats.phases.time_gradients(output, hidden_states, "experts")
+        return output, bias
+
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

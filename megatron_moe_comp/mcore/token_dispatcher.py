@@ -20,7 +20,11 @@ from megatron_moe_comp.comm.all_to_all import (
     nodes_of_ranks,
 )
 from megatron_moe_comp.comm.routes import Links, Route
-from megatron_moe_comp.compression.bit_allocation import allocate_bits, most_loaded
+from megatron_moe_comp.compression.bit_allocation import (
+    allocate_bits,
+    between_nodes,
+    most_loaded,
+)
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.codecs.identity import Identity
@@ -77,21 +81,31 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         self._dispatched: DispatchState | None = None
         self._counts: torch.Tensor | None = None
         self.plain_links = self._links_within(compression.moe_a2a_scope, "--moe-a2a-scope")
+        nodes = self._node_of_rank()
+        self._nodes = None if nodes is None or nodes.max() == 0 else nodes
+
+    def _node_of_rank(self) -> torch.Tensor | None:
+        """Returns the node of each rank of the group, numbered from 0; None if it is not known."""
+        per_node = self._compression.moe_a2a_ranks_per_node
+        if per_node is None:
+            return None
+        nodes = torch.tensor(nodes_of_ranks(self.ep_group, per_node))
+        return nodes.unique(return_inverse=True)[1]
 
     def _links_within(self, scope: str, option: str) -> torch.Tensor:
         """Returns which pairs of ranks the scope that an option names leaves out, bool [P, P]."""
-        per_node = self._compression.moe_a2a_ranks_per_node
         if scope == "all":
             return torch.zeros((self.ep_size, self.ep_size), dtype=torch.bool)
         if scope == "remote":
             return torch.eye(self.ep_size, dtype=torch.bool)
-        nodes = torch.tensor(nodes_of_ranks(self.ep_group, per_node))
+        nodes = self._node_of_rank()
         plain = nodes[:, None] == nodes
         if self.ep_size > 1 and plain.all():
             raise ValueError(
                 f"{option}=inter-node: all {self.ep_size} expert-parallel ranks are on one node of "
-                f"{per_node} ranks, so nothing would be compressed. Use {option}=remote, or name "
-                "smaller nodes with --moe-a2a-ranks-per-node."
+                f"{self._compression.moe_a2a_ranks_per_node} ranks, so nothing would be "
+                f"compressed. Use {option}=remote, or name smaller nodes with "
+                "--moe-a2a-ranks-per-node."
             )
         return plain
 
@@ -290,13 +304,13 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         plain_bytes = row_bytes(Identity(), 0)
         bytes_of_bits = torch.tensor([row_bytes(codec, bits) for bits in range(MAX_BITS + 1)])
 
-        def load(bits: torch.Tensor) -> int:
+        def link_bytes(bits: torch.Tensor) -> torch.Tensor:
             sizes = bytes_of_bits[bits].masked_fill(self.plain_links, plain_bytes)
-            return most_loaded(links.rows * sizes)
+            return links.rows * sizes
 
-        self.stats.add_load(
-            wire,
-            raw=most_loaded(links.pairs * 4 * hidden_size),
-            uniform=load(torch.full_like(bits, target_bits)),
-            sent=load(bits),
-        )
+        as_float32 = links.pairs * 4 * hidden_size
+        loads = [as_float32, link_bytes(torch.full_like(bits, target_bits)), link_bytes(bits)]
+        of_nodes = None
+        if self._nodes is not None:
+            of_nodes = [most_loaded(between_nodes(load, self._nodes)) for load in loads]
+        self.stats.add_load(wire, [most_loaded(load) for load in loads], of_nodes)

@@ -134,9 +134,10 @@ def _with(base: CompressionConfig, options: dict[str, Any]) -> CompressionConfig
 def further_flags(base: CompressionConfig) -> list[str]:
     """Returns the flags that the recommended ones are to be used with."""
     default = CompressionConfig()
+    per_node = ["moe_a2a_ranks_per_node"] if base.inter_node_option else []
     flags = [
         f"--{name.replace('_', '-')}={getattr(base, name)}"
-        for name in ("moe_a2a_chunks", "moe_a2a_scope", "moe_a2a_ranks_per_node")
+        for name in ("moe_a2a_chunks", "moe_a2a_scope", *per_node)
         if getattr(base, name) != getattr(default, name)
     ]
     if base.moe_a2a_wires != default.moe_a2a_wires:

@@ -9,6 +9,7 @@ from megatron_moe_comp.codec_options import BitPolicy
 from megatron_moe_comp.compression.bit_allocation import (
     POLICIES,
     allocate_bits,
+    between_nodes,
     most_loaded,
     variance,
 )
@@ -167,6 +168,14 @@ def test_variance():
     bits = torch.tensor([[2, 3], [4, 2]])
     assert variance(rows, bits) == pytest.approx(2 / 9 + 49 / 49)
     assert variance(torch.zeros_like(rows), bits) == 0.0
+
+
+def test_nodes_carry_what_their_ranks_exchange_with_others():
+    link_bytes = torch.arange(16).reshape(4, 4)
+    nodes = between_nodes(link_bytes, torch.tensor([1, 0, 0, 1]))
+    expected = [[5 + 6 + 9 + 10, 4 + 7 + 8 + 11], [1 + 2 + 13 + 14, 0 + 3 + 12 + 15]]
+    assert nodes.tolist() == expected
+    assert most_loaded(nodes) == 30
 
 
 def test_most_loaded():

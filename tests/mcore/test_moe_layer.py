@@ -355,13 +355,18 @@ def rows_within_a_node(rank):
     layer = compressed(
         make_config(), moe_a2a_scope="inter-node", moe_a2a_ranks_per_node=2, **options
     )
-    everything = compressed(make_config(), **options)
+    everything = compressed(make_config(), moe_a2a_ranks_per_node=1, **options)
     ours, others = (run(chosen, rank=rank) for chosen in (layer, everything))
     assert not torch.equal(ours[0], others[0])
     inter_node, all_remote = (chosen.stats.totals().sum(dim=0) for chosen in (layer, everything))
-    assert 0 < inter_node[Column.CODED_ROWS] < all_remote[Column.CODED_ROWS]
-    assert inter_node[Column.ROWS] == all_remote[Column.ROWS] == all_remote[Column.CODED_ROWS]
+    assert 0 < inter_node[Column.ROWS_4_BITS] < all_remote[Column.ROWS_4_BITS]
+    assert inter_node[Column.ROWS] == all_remote[Column.ROWS] == all_remote[Column.ROWS_4_BITS]
     assert inter_node[Column.RAW] > inter_node[Column.WIRE] > all_remote[Column.WIRE]
+    # A node of one carries what its rank does.
+    columns = [Column.LOAD_RAW, Column.NODE_LOAD_RAW]
+    of_one, of_two = (counted[columns].tolist() for counted in (all_remote, inter_node))
+    assert of_one[0] == of_one[1] == of_two[0]
+    assert 0 < of_two[1] != of_two[0]
 
 
 def one_node(rank):

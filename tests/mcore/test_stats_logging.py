@@ -1,6 +1,10 @@
 """StatsLogger on one process, with layers that only have counters."""
 
 import json
+import math
+import re
+import time
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +14,23 @@ from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore import log_outputs, stats_logging
-from megatron_moe_comp.mcore.stats_logging import StatsLogger
+from megatron_moe_comp.mcore.stats_logging import PANELS, StatsLogger, scalars_of
+from megatron_moe_comp.mcore.stats_text import describe
+from megatron_moe_comp.phase_times import PHASES
 
 
 class Writer:
     def __init__(self):
-        self.values = []
+        self.values, self.histograms, self.layouts = [], [], []
 
     def add_scalar(self, name, value, iteration):
         self.values.append((name, value, iteration))
+
+    def add_histogram_raw(self, name, **values):
+        self.histograms.append((name, values))
+
+    def add_custom_scalars(self, layout):
+        self.layouts.append(layout)
 
 
 @pytest.fixture
@@ -27,7 +39,6 @@ def logger(monkeypatch, tmp_path):
     writer = Writer()
     monkeypatch.setattr(stats_logging, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(stats_logging, "is_rank0", lambda: True)
-    monkeypatch.setattr(stats_logging, "print_rank_0", print)
     monkeypatch.setattr(stats_logging, "finalize_model_grads", lambda *args: None)
     monkeypatch.setattr(log_outputs, "get_tensorboard_writer", lambda: writer)
     monkeypatch.setattr(log_outputs, "get_wandb_writer", lambda: None)
@@ -35,9 +46,11 @@ def logger(monkeypatch, tmp_path):
         moe_a2a_compress="birdmoe",
         moe_a2a_dedup=True,
         moe_a2a_stats_json=str(tmp_path / "new/a2a.json"),
+        moe_a2a_stats_jsonl=str(tmp_path / "new/a2a.jsonl"),
     )
     now = [0]
-    logger = StatsLogger(config, lambda: TrainingStep(now[0], 1), log_interval=2)
+    args = Namespace(log_interval=2, train_iters=10)
+    logger = StatsLogger(config, lambda: TrainingStep(now[0], 1), args)
     model = SimpleNamespace(
         transformer=SimpleNamespace(finalize_model_grads_func=None),
         post_wrap_hooks=[],
@@ -48,8 +61,13 @@ def logger(monkeypatch, tmp_path):
         it=logger,
         now=now,
         written=writer.values,
+        writer=writer,
+        args=args,
         end_step=model.transformer.finalize_model_grads_func,
         json=tmp_path / "new/a2a.json",
+        records=lambda: [
+            json.loads(line) for line in (tmp_path / "new/a2a.jsonl").read_text().splitlines()
+        ],
     )
 
 
@@ -59,7 +77,9 @@ def train(logger, iterations, raw=4000, sent=1000):
         for layer in logger.it._layers:
             layer.stats.add_bytes("dispatch_fwd", raw, sent)
             layer.stats.add_rows("dispatch_fwd", 10, 8, [(8, 5)])
-            layer.stats.add_load("dispatch_fwd", 3000, 900, 500)
+            layer.stats.add_load("dispatch_fwd", (3000, 900, 500), (6000, 1800, 1000))
+            with layer.stats.timed("decode", torch.device("cpu")):
+                time.sleep(0.01)
         logger.end_step([])
 
 
@@ -106,6 +126,77 @@ def test_a_line_per_interval_with_figures_per_iteration(logger, capsys):
     assert ("moe-a2a/most-loaded-rank-bytes", 500.0, 4) in logger.written
 
 
+def test_every_interval_has_a_record(logger):
+    train(logger, range(2))
+    train(logger, range(2, 4), raw=8000)
+    first, second = logger.records()
+    assert [first["iteration"], first["train_iters"], first["ranks"]] == [2, 10, 1]
+    assert first["setting"] == "birdmoe 6 bit optimal dedup"
+    assert (first["raw_bytes"], first["wire_bytes"]) == (8000, 2000)
+    assert second["wires"]["dispatch_fwd"]["raw_bytes"] == second["raw_bytes"] == 16000
+    assert second["rows_of_bits"] == {"5": 32}
+    assert second["most_loaded_node"]["bytes"] == 1000
+    assert second["loss"] is second["lsh"] is None
+    assert second["seconds_per_iteration"] >= 0.02
+    assert "layers" not in second
+
+
+def test_losses_are_means_over_the_tokens_of_training(logger):
+    reports = iter([(6.0, 2.0), (1.0, 2.0), (100.0, 1.0), (math.inf, 1.0)])
+
+    def forward_step(iterator, model):
+        return "output", lambda output: (0, 1, {"lm loss": torch.tensor(next(reports))})
+
+    step = logger.it.watched(forward_step)
+    for _ in range(2):
+        output, loss_function = step(None, None)
+        assert loss_function(output)[:2] == (0, 1)
+    with torch.no_grad():
+        loss_function(output)
+    train(logger, range(2))
+    loss_function(output)
+    train(logger, range(2, 4))
+    assert [record["loss"] for record in logger.records()] == [7 / 4, None]
+
+
+def test_one_iteration_in_ten_is_timed(logger):
+    train(logger, range(9))
+    assert all(record["phase_seconds"] is None for record in logger.records())
+    train(logger, range(9, 14))
+    of_tenth, of_eleventh, of_others = [r["phase_seconds"] for r in logger.records()[4:]]
+    assert of_tenth is of_others is None
+    assert list(of_eleventh) == list(PHASES)
+    assert 0.02 <= of_eleventh["decode"] < 0.04
+    assert of_eleventh["encode"] == 0
+    names = {name for name, *_ in logger.written}
+    assert "moe-a2a/phase-ms-decode" in names
+
+
+def test_what_belongs_together_is_drawn_together(logger):
+    """Every chart of TensorBoard's custom scalars has lines, and bits are a histogram."""
+    logger.it._layers[0].stats.add_error("combine_fwd", torch.ones(1, 1), torch.zeros(1, 1))
+    train(logger, range(12))
+    (layout,) = logger.writer.layouts
+    (charts,) = layout.values()
+    assert list(charts) == list(PANELS)
+    names = {name for name, *_ in logger.written}
+    for kind, patterns in charts.values():
+        assert kind == "Multiline"
+        for pattern in patterns:
+            assert [name for name in names if re.fullmatch(pattern, name)], pattern
+    name, values = logger.writer.histograms[-1]
+    assert name == "moe-a2a/bits"
+    assert (values["num"], values["bucket_counts"], values["bucket_limits"]) == (32, [32], [5.5])
+    assert values["global_step"] == 12
+
+
+def test_figures_that_were_not_measured_are_not_drawn(logger):
+    train(logger, range(2))
+    (record,) = logger.records()
+    assert None not in scalars_of(record).values()
+    assert "sqnr-db-combine-fwd" not in scalars_of(record)
+
+
 def test_after_a_resume_the_first_interval_counts_its_own_iterations(logger, capsys):
     train(logger, range(7, 8))
     assert "iteration        8 | MB per iteration: 0.002 of 0.008" in capsys.readouterr().out
@@ -123,6 +214,7 @@ def test_the_summary_and_its_json(logger, capsys):
     assert "Total compression 4.00x against float32, 2.00x against bfloat16" in printed
     assert "3.0 kB as float32, 0.9 kB with the same bits for all, 0.5 kB as sent" in printed
     assert "Mean bits per value: 5.00." in printed
+    assert "Most loaded node, per layer and micro-batch: 6.0 kB as float32, 1.8 kB" in printed
     assert "20.0% fewer rows sent" in printed
     assert "layer 3" in printed
     assert "layer 2" not in printed
@@ -141,12 +233,14 @@ def test_nothing_crossed_a_wire(logger, capsys):
     assert json.loads(logger.json.read_text())["ratio_fp32"] is None
 
 
-def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(stats_logging, "is_rank0", lambda: True)
     (tmp_path / "file").write_text("")
     path = tmp_path / "file/a2a.json"
-    logger = StatsLogger(CompressionConfig(moe_a2a_stats_json=str(path)), lambda: None, 1)
-    with pytest.raises(ValueError, match=r"--moe-a2a-stats-json=.*directory that you may write"):
+    config = CompressionConfig(**{f"moe_a2a_stats_{kind}": str(path)})
+    logger = StatsLogger(config, lambda: None, Namespace())
+    with pytest.raises(ValueError, match=rf"-stats-{kind}=.*directory that you may write"):
         logger.attach(SimpleNamespace(), [])
 
 
@@ -168,7 +262,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_start(tmp_path, monkeypatch
     ],
 )
 def test_describe(options, words):
-    assert stats_logging.describe(CompressionConfig(**options)) == words
+    assert describe(CompressionConfig(**options)) == words
 
 
 @pytest.mark.parametrize(
