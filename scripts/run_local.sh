@@ -42,7 +42,10 @@ training=(
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --log-interval 100
 )
 # Two ranks have one link each way: there is no load to even out.
-compression=(--moe-a2a-compress=birdmoe --moe-a2a-bit-policy=uniform --moe-a2a-stats-json runs/local/a2a.json)
+compression=(
+    --moe-a2a-compress=birdmoe --moe-a2a-bit-policy=uniform
+    --moe-a2a-stats-json runs/local/a2a.json --moe-a2a-stats-jsonl runs/local/a2a.jsonl
+)
 
 if [[ $kind == gpt ]]; then
     script=pretrain_gpt_moe.py data=data/stdlib suffix=

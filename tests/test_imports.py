@@ -64,7 +64,7 @@ LEVELS = {
     "plan.measure": 2,
     "plan.__main__": 6,
 }
-FREE_STANDING = ("data", "report", "mcore.cpu_", "mcore.wheel_")
+FREE_STANDING = ("data", "report", "watch", "mcore.cpu_", "mcore.wheel_")
 """Not used by the training itself; they import nothing of ours but each other."""
 
 ARGUMENTS_IMPORT_ONLY = (

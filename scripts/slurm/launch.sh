@@ -34,7 +34,8 @@ echo "Start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIS
 srun --kill-on-bad-exit=1 "${container[@]}" bash scripts/slurm/node.sh "$SCRIPT" \
     "${configured[@]}" "${DATA[@]}" \
     --save "$RESULTS/checkpoints" --load "$RESULTS/checkpoints" --save-interval "$SAVE_INTERVAL" \
-    --exit-signal-handler --tensorboard-dir "$RESULTS/tensorboard" "$@" &
+    --exit-signal-handler --tensorboard-dir "$RESULTS/tensorboard" \
+    --moe-a2a-stats-jsonl "$RESULTS/a2a.jsonl" "$@" &
 step=$!
 
 # SLURM tells the nodes, this script, or both.

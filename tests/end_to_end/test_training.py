@@ -2,9 +2,12 @@
 
 import json
 import math
+from datetime import UTC, datetime
 
 import pytest
+from rich.console import Console
 
+from megatron_moe_comp.watch import read_records, view
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import STOCK, train
 
@@ -36,7 +39,8 @@ def plain(tmp_path_factory):
     base = tmp_path_factory.mktemp("plain")
     options = f"{BIRDMOE} --use-distributed-optimizer --save {base}/checkpoints --save-interval 3"
     options += f" --wandb-project test --wandb-exp-name test --wandb-save-dir {base}"
-    return base, train(base, f"{options} --moe-a2a-stats-json {base}/a2a.json")
+    options += f" --moe-a2a-stats-json {base}/a2a.json --moe-a2a-stats-jsonl {base}/a2a.jsonl"
+    return base, train(base, options)
 
 
 def test_resuming_repeats_the_uninterrupted_run(plain, tmp_path):
@@ -96,6 +100,21 @@ def test_statistics_of_a_run(plain):
     assert wandb_log.read_bytes().count(b"moe-a2a/ratio-fp32") >= 6
     sent = sum(total["wire_bytes"] for total in report["wires"].values())
     assert math.isclose(sum(scalars["moe-a2a/wire-MB"].values()) * 1e6, sent, rel_tol=1e-5)
+
+
+def test_every_interval_of_a_run_has_a_record(plain):
+    base, run = plain
+    records = read_records(base / "a2a.jsonl")
+    assert [record["iteration"] for record in records] == list(run.history()["lm loss"])
+    for record in records:
+        losses = run.scalars["lm loss"]
+        assert math.isclose(record["loss"], losses[record["iteration"]], rel_tol=1e-5)
+        assert record["ranks"] == 2
+        assert record["train_iters"] == 6
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(view(records, datetime.now(UTC)))
+    assert "iteration 6 of 6" in capture.get()
 
 
 # The other layouts, and their combinations, are test_layouts.py's.

@@ -82,9 +82,8 @@ def test_wandb_offline(only, tmp_path, monkeypatch):
             found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
     assert found["moe-a2a/wire-MB"] == 1.5
     assert found["_step"] == 7
-    histogram = found["moe-a2a/bits"]
-    assert histogram["values"] == [10, 0, 0, 30]
-    assert histogram["bins"] == [2.5, 3.5, 4.5, 5.5, 6.5]
+    assert found["moe-a2a/bits/values"] == [10, 0, 0, 30]
+    assert found["moe-a2a/bits/bins"] == [2.5, 3.5, 4.5, 5.5, 6.5]
 
 
 def test_ranks_without_writers_write_nothing(only):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe_comp.watch import read_records
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import EXPERTS, TINY, read_scalars, train
 
@@ -120,6 +121,9 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
 
     whole = train(tmp_path, options, launch=launch).history()
     found = read_scalars(results / "tensorboard")
+    records = read_records(results / "a2a.jsonl")
+    assert records[-1]["iteration"] == ITERATIONS
+    assert any(r["phase_seconds"] and min(r["phase_seconds"].values()) > 0 for r in records)
     for tag, values in whole.items():
         assert len(values) == ITERATIONS
         assert found[tag] == values, tag
