@@ -1,7 +1,9 @@
 """Whole training runs with the entry script: equal to stock Megatron and to themselves."""
 
+import gzip
 import json
 import math
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
@@ -35,10 +37,11 @@ def test_none_equals_stock_megatron_step_by_step(tmp_path, ranks, options):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """An uninterrupted birdmoe run with dropout that saved at iterations 3 and 6."""
+    """An uninterrupted birdmoe run with dropout that saved at iterations 3 and 6; 5 is profiled."""
     base = tmp_path_factory.mktemp("plain")
     options = f"{BIRDMOE} --use-distributed-optimizer --save {base}/checkpoints --save-interval 3"
     options += f" --wandb-project test --wandb-exp-name test --wandb-save-dir {base}"
+    options += " --profile --use-pytorch-profiler --profile-step-start 4 --profile-step-end 5"
     options += f" --moe-a2a-stats-json {base}/a2a.json --moe-a2a-stats-jsonl {base}/a2a.jsonl"
     return base, train(base, options)
 
@@ -100,6 +103,18 @@ def test_statistics_of_a_run(plain):
     assert wandb_log.read_bytes().count(b"moe-a2a/ratio-fp32") >= 6
     sent = sum(total["wire_bytes"] for total in report["wires"].values())
     assert math.isclose(sum(scalars["moe-a2a/wire-MB"].values()) * 1e6, sent, rel_tol=1e-5)
+
+
+def test_phases_are_in_the_profile_of_every_rank(plain):
+    traces = list(plain[0].glob("torch_profile/rank-*.json.gz"))
+    assert len(traces) == 2
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = Counter(event.get("name") for event in events)
+        passes = 2 * 2  # layers and micro-batches
+        assert names["moe-a2a/encode"] == names["moe-a2a/decode"] == 4 * passes
+        assert names["moe-a2a/experts"] == passes
+        assert names["moe-a2a/transfer"] >= 4 * passes
 
 
 def test_every_interval_of_a_run_has_a_record(plain):
