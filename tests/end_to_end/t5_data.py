@@ -17,11 +17,11 @@ def write(directory):
     """Returns the flags of a tokenizer and of JSONL files that it writes."""
     draw = random.Random(1)
     model = train_tokenizer([f"up to: {target('h')}"] * 20, 385, T5)
-    path = directory / "tokenizer.model"
+    path = directory / "pairs_tokenizer.model"
     path.write_bytes(model)
     flags = [f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {path}"]
     for split, number in LINES.items():
-        path = directory / f"{split}.jsonl"
+        path = directory / f"pairs_{split}.jsonl"
         letters = draw.choices(ALPHABET, k=number)
         lines = [json.dumps({"input": f"up to: {x}", "target": target(x)}) for x in letters]
         path.write_text("".join(line + "\n" for line in lines))

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_moe_comp.watch import read_records
+from tests.end_to_end import t5_data
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import EXPERTS, TINY, read_scalars, train
+from tests.end_to_end.test_t5_training import BIRDMOE, MODEL
+from tests.end_to_end.test_t5_training import ITERATIONS as ITERATIONS_T5
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = [
@@ -73,43 +76,66 @@ def _has_group(pid):
     return True
 
 
-def of_this_site(template):
-    """The template with what a site decides as it is here."""
+SITE = {
+    "MASTER_ADDR": "127.0.0.1",
+    "INTERFACE": "lo",
+    "RANKS_PER_NODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def of_this_site(template, data=""):
+    """The template with what a site decides as it is here, its data replaced by `data`."""
     text = template.read_text()
     for option in ("gpus-per-node", "cpus-per-task", "time", "partition"):
         text, number = re.subn(rf"(?m)^#SBATCH --{option}=.*\n", "", text)
         assert number == 1, option
-    text, number = re.subn(r"(?ms)^DATA=\(.*?^\)", "DATA=()", text)
+    text, number = re.subn(r"(?ms)^DATA=\(.*?^\)", f"DATA=({data})", text)
     assert number == 1
     return text
+
+
+class Job:
+    """A job that was submitted, and its log."""
+
+    def __init__(self, slurm, directory, template, flags, options, data=""):
+        self._slurm, self._log = slurm, directory / "job.log"
+        self.results = directory / "results"
+        script, config = directory / template.name, directory / "tiny.args"
+        script.write_text(of_this_site(template, data))
+        config.write_text(f"# A tiny model.\n{flags}\n--num-workers 0 # no processes\n")
+        words = ("sbatch", "--parsable", f"--output={self._log}", script, config)
+        self._id = slurm(*words, *options.split(), RESULTS=str(self.results), **SITE)
+
+    def output(self):
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait_for(self, condition):
+        wait_for(lambda: self.output()[-3000:], condition)
+
+    def shown(self):
+        return self._slurm("scontrol", "show", "job", self._id)
+
+    def state(self):
+        return re.search(r"JobState=(\w+)", self.shown())[1]
+
+    def finish(self):
+        self.wait_for(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+        assert self.state() == "COMPLETED", self.output()[-3000:]
 
 
 @pytest.mark.cluster
 def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
     options = f"--moe-a2a-compress=birdmoe --train-iters {ITERATIONS} --ckpt-format torch"
-    template, flags = tmp_path / "job.sbatch", tmp_path / "tiny.args"
-    template.write_text(of_this_site(TEMPLATES[0]))
-    flags.write_text(f"# A tiny model.\n{TINY}\n{EXPERTS}\n--num-workers 0 # no processes\n")
-    log, results = tmp_path / "job.log", tmp_path / "results"
-    output = lambda: log.read_text()[-3000:] if log.exists() else ""  # noqa: E731
-    site = {
-        "RESULTS": str(results),
-        "MASTER_ADDR": "127.0.0.1",
-        "INTERFACE": "lo",
-        "RANKS_PER_NODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    submit = ("sbatch", "--parsable")
-    job = slurm(*submit, f"--output={log}", template, flags, *options.split(), **site)
-    wait_for(output, lambda: re.search(r"iteration +10/", output()))
-    slurm(*submit, "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
-    state = lambda: re.search(r"JobState=(\w+)", slurm("scontrol", "show", "job", job))[1]  # noqa: E731
-    wait_for(output, lambda: state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
-    assert state() == "COMPLETED", output()
-    text = log.read_text()
-    assert "Restarts=1" in slurm("scontrol", "show", "job", job)
+    job = Job(slurm, tmp_path, TEMPLATES[0], f"{TINY} {EXPERTS}", options)
+    job.wait_for(lambda: re.search(r"iteration +10/", job.output()))
+    urgent = ("--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+    slurm("sbatch", *urgent)
+    job.finish()
+    text, results = job.output(), job.results
+    assert "Restarts=1" in job.shown()
     assert text.count("Told to stop, and saved.") == 1
     saved = int(re.search(r"successfully saved checkpoint from iteration +(\d+)", text)[1])
     assert 10 <= saved < ITERATIONS
@@ -127,6 +153,19 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
     for tag, values in whole.items():
         assert len(values) == ITERATIONS
         assert found[tag] == values, tag
+
+
+@pytest.mark.cluster
+def test_the_t5_template_trains_on_two_nodes(slurm, tmp_path):
+    data = t5_data.write(tmp_path)
+    options = f"{BIRDMOE} --ckpt-format torch"
+    job = Job(slurm, tmp_path, TEMPLATES[1], f"{MODEL} {EXPERTS}", options, data)
+    job.finish()
+    losses = read_scalars(job.results / "tensorboard")["lm loss"]
+    assert list(losses) == list(range(1, ITERATIONS_T5 + 1))
+    assert losses[ITERATIONS_T5] < losses[1] - 1
+    assert "lines of the test set | exact match" in job.output()
+    assert (job.results / "logs/0/node1").is_dir()
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
