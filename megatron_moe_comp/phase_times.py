@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
-from torch.profiler import record_function
+from torch.autograd import profiler
 
 Phase = Literal["encode", "transfer", "decode", "experts"]
 """encode: hashing, clustering and writing the message. transfer: the collective, with the wait for
@@ -47,16 +47,20 @@ class PhaseTimes:
         self._on_device.clear()
         return dict(self._seconds)
 
+    def timed(self, phase: Phase, device: torch.device) -> AbstractContextManager[None]:
+        """Returns a context in which what is done, on `device`, counts as `phase`."""
+        # What torch keeps for such checks: a range takes some microseconds, in a profile or not.
+        if self.on or profiler._is_profiler_enabled:
+            return self._timed(phase, device)
+        return nullcontext()
+
     @contextmanager
-    def timed(self, phase: Phase, device: torch.device) -> Iterator[None]:
-        """Counts what is done in this context, on `device`, as `phase`."""
-        with record_function(f"moe-a2a/{phase}"):
-            if not self.on:
-                yield
-                return
-            begun = _now(device)
+    def _timed(self, phase: Phase, device: torch.device) -> Iterator[None]:
+        with profiler.record_function(f"moe-a2a/{phase}"):
+            begun = _now(device) if self.on else None
             yield
-            self._count(phase, begun, device)
+            if begun is not None:
+                self._count(phase, begun, device)
 
     def time_gradient(self, result: torch.Tensor, phase: Phase) -> None:
         """Makes the backward of the operation that returned `result` count as `phase`."""
