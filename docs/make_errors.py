@@ -17,6 +17,7 @@ from error_messages import Sources
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/errors.md"
+PACKAGE = "megatron_moe_comp/"
 
 AREAS = {
     "Compression: methods, bits, wires, and what of Megatron they need": (
@@ -53,8 +54,9 @@ HEADER = """\
 Nothing falls back silently: what cannot work is refused, mostly within the first seconds, with a
 message that names the option or file, its value, what is required and what to do. Here are all of
 them, made from the source by `python docs/make_errors.py`. Words in capitals stand for what a
-message names at run time: search for the words between. Messages of Megatron and torch are not
-ours and not here; [the FAQ](faq.md) has common ones.
+message names at run time: search for the words between. Files are of `megatron_moe_comp/`, or of
+the repository. Messages of Megatron and torch are not ours and not here; [the FAQ](faq.md) has
+common ones.
 """
 
 NOT_SHOWN = ("not a manifest", "the model is empty")
@@ -86,7 +88,8 @@ def make_page(root: Path) -> str:
     parts = [HEADER]
     for area, found in by_area.items():
         parts.append(f"\n## {area}\n\n| message | where |\n| --- | --- |\n")
-        parts += [f"| {code(message)} | `{file}` |\n" for message, file in sorted(found, key=order)]
+        for message, file in sorted(found, key=order):
+            parts.append(f"| {code(message)} | `{file.removeprefix(PACKAGE)}` |\n")
     return "".join(parts)
 
 
