@@ -8,7 +8,6 @@ Words in capitals stand for what a message names at run time.
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from error_messages import Sources
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/errors.md"
 PACKAGE = "megatron_moe_comp/"
+SOURCES = ("*.py", f"{PACKAGE}**/*.py", "benchmarks/*.py", "scripts/**/*")
 
 AREAS = {
     "Compression: methods, bits, wires, and what of Megatron they need": (
@@ -93,9 +93,9 @@ def make_page(root: Path) -> str:
 
 
 def messages(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields (file, message) of what git tracks, tests and this directory left out."""
-    listed = subprocess.check_output(["git", "ls-files"], cwd=root, text=True).split()
-    chosen = [file for file in listed if not file.startswith(("tests/", "docs/"))]
+    """Yields (file, message) of the package, the scripts and the benchmarks."""
+    paths = sorted(path for pattern in SOURCES for path in root.glob(pattern) if path.is_file())
+    chosen = [str(path.relative_to(root)) for path in paths]
     sources = Sources({f: (root / f).read_text() for f in chosen if f.endswith(".py")})
     yield from sources.messages()
     for file in chosen:
