@@ -118,7 +118,7 @@ def read_splits(args: Namespace, options: T5Options, tokenizer: T5Tokenizer) -> 
         if paths is None:
             if split == Split.test or (split == Split.valid and args.eval_iters == 0):
                 continue
-            raise ValueError(f"--{name}-data-path: needed, a JSONL file of pairs.")
+            raise ValueError(f"--{name}-data-path: not given. Name a JSONL file of pairs.")
         if len(paths) != 1:
             raise ValueError(
                 f"--{name}-data-path={' '.join(paths)}: one JSONL file is read. Put the pairs of "

@@ -137,10 +137,15 @@ def _check(options: argparse.Namespace) -> None:
                 f"--ranks={ranks}: {NUM_EXPERTS} experts are divided among them. Use 2, 4 or 8."
             )
     if options.hidden_size % HEAD_SIZE:
-        raise ValueError(f"--hidden-size={options.hidden_size}: Use a multiple of {HEAD_SIZE}.")
+        raise ValueError(
+            f"--hidden-size={options.hidden_size}: an attention head has {HEAD_SIZE} values. Use a "
+            f"multiple of {HEAD_SIZE}."
+        )
     for name in ("steps", "repeats", "settle"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)}: Use 1 or more.")
+            raise ValueError(
+                f"--{name}={getattr(options, name)}: nothing would be measured. Use 1 or more."
+            )
     if options.data not in ("mock", CORPUS):
         options.data = str(Path(options.data).resolve())
         if not Path(f"{options.data}_train.bin").exists():

@@ -1,7 +1,7 @@
-"""Makes the tables of results in README.md from the result files that are committed.
+"""Makes the tables of results in README.md and docs/tuning.md from the result files committed.
 
-    python benchmarks/readme_tables.py           # writes README.md
-    python benchmarks/readme_tables.py --check   # exits with 1 if that would change it
+    python benchmarks/readme_tables.py           # writes both
+    python benchmarks/readme_tables.py --check   # exits with 1 if that would change one
 
 A table is between two comments, the first of which says what it is made of:
 
@@ -11,7 +11,8 @@ A table is between two comments, the first of which says what it is made of:
 `network` has a row for each method, `quality` one for each setting. The words that follow pick from
 the JSON files in benchmarks/results: rates and routings pick rows, all others are the first letters
 of files or directories there. With the word over-METHOD, speed-ups are over that method in place of
-stock Megatron. Without results there is no table.
+stock Megatron. Without results there is no table. `plan` is made of no results: followed by
+break-even or speedup, it is what the planner predicts (plan_tables.py).
 """
 
 import argparse
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
+
+from plan_tables import break_even_table, speedup_table
 
 from megatron_moe_comp.report.inputs import Entry, InputError, find_files, read_results
 from megatron_moe_comp.report.network_results import (
@@ -39,37 +42,40 @@ from megatron_moe_comp.report.quality_results import (
 from megatron_moe_comp.report.section import number, spread
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/tuning.md")
 ROUTINGS = ("balanced", "real")
 OVER = "over-"
 MARKED = re.compile(r"(<!-- table: (\w+) ?(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes or checks the file; exits with 1 if it is not what the results give."""
+    """Writes or checks the documents; exits with 1 if one is not what the results give."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    documents = [ROOT / name for name in DOCUMENTS]
+    parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE", default=documents)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args(arguments)
-    before = options.readme.read_text()
-    try:
-        after = fill(before, options.results)
-    except (InputError, ValueError) as error:
-        sys.exit(str(error))
-    if options.check and after != before:
-        sys.exit(
-            f"{options.readme}: its tables are not those of {options.results}. Run `python "
-            "benchmarks/readme_tables.py`."
-        )
-    if after != before:
-        options.readme.write_text(after)
+    for document in options.readme:
+        before = document.read_text()
+        try:
+            after = fill(before, options.results)
+        except (InputError, ValueError) as error:
+            sys.exit(str(error))
+        if options.check and after != before:
+            sys.exit(
+                f"{document}: its tables are not those of {options.results}. Run `python "
+                "benchmarks/readme_tables.py`."
+            )
+        if after != before:
+            document.write_text(after)
 
 
 def fill(text: str, results: Path) -> str:
     """Returns the text with every marked table made anew."""
-    makers = {"network": network_table, "quality": quality_table}
+    makers = {"network": network_table, "quality": quality_table, "plan": plan_table}
 
     def made(match: re.Match[str]) -> str:
         start, kind, words, _, end = match.groups()
@@ -138,6 +144,17 @@ def ratio_cell(case: Case, rate: str, method: str, baseline: str) -> str:
     times = zip(*(row["step_ms_repeats"] for row in rows if row), strict=True)
     ratios = [slow / fast for slow, fast in times]
     return spread(median(ratios), min(ratios), max(ratios), 2)
+
+
+def plan_table(results: Path, words: Sequence[str]) -> str:
+    """Returns what the planner predicts for published models; it needs no results."""
+    tables = {"break-even": break_even_table, "speedup": speedup_table}
+    chosen = [word for word in words if word in tables]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"table: plan {' '.join(words)}: expected {' or '.join(tables)}. Change the comment."
+        )
+    return markdown(*tables[chosen[0]]())
 
 
 def quality_table(results: Path, words: Sequence[str]) -> str:

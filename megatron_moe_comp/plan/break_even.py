@@ -10,12 +10,17 @@ SEARCH_RANGE, SEARCH_STEPS = 1e6, 60
 
 
 def break_even_bandwidth(
-    model: Model, layout: Layout, machine: Machine, stock: Method, method: Method
+    model: Model,
+    layout: Layout,
+    machine: Machine,
+    stock: Method,
+    method: Method,
+    speedup: float = 1.0,
 ) -> float:
     """Returns the bandwidth, in bytes per second, above which `method` is slower than `stock`.
 
-    Of the links between nodes, or of the node's own where there are no others. 0: it never pays;
-    infinity: it always does.
+    With another `speedup`: above which it is not so many times as fast. Of the links between nodes,
+    or of the node's own where there are no others. 0: it never pays; infinity: it always does.
     """
     name = "far" if layout.far_peers else "near"
     link: Link = getattr(machine, name)
@@ -23,7 +28,7 @@ def break_even_bandwidth(
     def pays(factor: float) -> bool:
         other = replace(machine, **{name: replace(link, bandwidth=factor * link.bandwidth)})
         steps = [predict(model, layout, other, m).step for m in (method, stock)]
-        return steps[0] < steps[1]
+        return speedup * steps[0] < steps[1]
 
     return link.bandwidth * _boundary(pays)
 

@@ -1,6 +1,7 @@
 """README's tables are what the committed results give."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def repository(tmp_path):
     return fill
 
 
-def test_readme_is_up_to_date():
+def test_documents_are_up_to_date():
     readme_tables.main(["--check"])
-    assert "<!-- table: network" in (readme_tables.ROOT / "README.md").read_text()
+    for document, kind in (("README.md", "network"), ("docs/tuning.md", "plan")):
+        assert f"<!-- table: {kind}" in (readme_tables.ROOT / document).read_text()
 
 
 def test_network(repository):
@@ -101,6 +103,17 @@ def test_quality(repository):
     assert all(line.count(" to ") == 2 for line in lines)
 
 
+def test_plan(repository):
+    header, _, *lines = repository("plan speedup")
+    assert "Qwen3-30B-A3B" in header
+    speedups = [float(re.search(r"([\d.]+)x", line)[1]) for line in lines]
+    assert sorted(speedups, reverse=True) == speedups
+    header, _, *lines = repository("plan break-even")
+    assert header.endswith("| 1.5x | 2x |")
+    limits = [float(limit) for limit in re.findall(r"(\d+) Gbit/s", lines[0])]
+    assert sorted(limits, reverse=True) == limits
+
+
 def test_without_results_there_is_no_table(repository):
     assert repository("quality t5") == []
     assert repository("network 5gbit") == []
@@ -114,5 +127,7 @@ def test_check_says_what_to_run_and_writes_nothing(repository):
 
 
 def test_an_unknown_table_is_named(repository):
-    with pytest.raises(SystemExit, match=r"table: speed: expected network or quality"):
+    with pytest.raises(SystemExit, match=r"table: speed: expected network or quality or plan"):
         repository("speed")
+    with pytest.raises(SystemExit, match=r"table: plan all: expected break-even or speedup"):
+        repository("plan all")

@@ -141,13 +141,14 @@ def test_pieces_overlap_but_hide_no_more_than_there_is(model, layout, chunks):
 def test_at_the_break_even_both_take_as_long(model, layout, bits):
     machine = machine_of(1e9, 1e-5)
     stock, ours = stock_method(model, layout), method_of("ours", birdmoe(bits), model, layout)
-    bandwidth = break_even_bandwidth(model, layout, machine, stock, ours)
     name = "far" if layout.far_peers else "near"
     link = getattr(machine, name)
-    if 0 < bandwidth < INFINITE:
-        even = replace(machine, **{name: replace(link, bandwidth=bandwidth)})
-        steps = [predict(model, layout, even, method).step for method in (stock, ours)]
-        assert steps[0] == pytest.approx(steps[1], rel=1e-6)
+    for speedup in (1.0, 1.3):
+        bandwidth = break_even_bandwidth(model, layout, machine, stock, ours, speedup)
+        if 0 < bandwidth < INFINITE:
+            even = replace(machine, **{name: replace(link, bandwidth=bandwidth)})
+            steps = [predict(model, layout, even, method).step for method in (stock, ours)]
+            assert steps[0] == pytest.approx(speedup * steps[1], rel=1e-6)
     message = break_even_message(model, layout, machine, stock, ours)
     own = stock.traffic[0].wires[0].mean_bytes
     pays = predict(model, layout, machine, ours).step < predict(model, layout, machine, stock).step

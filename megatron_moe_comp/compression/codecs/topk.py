@@ -41,7 +41,7 @@ class TopK(TensorCodec):
         """
         if hidden_size > _MAX_COLUMNS:
             raise ValueError(
-                f"hidden size {hidden_size}: topk sends column numbers of 16 bits, so rows have "
+                f"--hidden-size={hidden_size}: topk sends column numbers of 16 bits, so rows have "
                 f"at most {_MAX_COLUMNS} values. Choose another codec."
             )
         row_bytes = 2 * _num_entries(hidden_size, num_bits)

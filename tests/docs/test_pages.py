@@ -1,0 +1,44 @@
+"""What the pages of the documentation name is there: files, flags, pages and their sections."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from megatron_moe_comp.config import CompressionConfig
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = ("how-it-works", "tuning", "reproducing", "faq")
+FILE = r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|args|json|sh|sbatch|svg))`"
+RESULTS = ROOT / "benchmarks/results"
+OURS = re.compile(r"--moe-(?:a2a|lsh)-[a-z0-9-]+")
+
+
+def text_of(page):
+    return (DOCS / f"{page}.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    tests = ROOT / "tests/end_to_end"
+    homes = (ROOT, ROOT / "megatron_moe_comp", RESULTS, ROOT / "configs", tests)
+    written = ("report.html", "runs/reproduced/README.md")
+    for name in set(re.findall(FILE, text_of(page))) - set(written):
+        assert any((home / name).exists() for home in homes), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_our_flags_exist(page):
+    flags = {"--" + field.name.replace("_", "-") for field in fields(CompressionConfig)}
+    assert set(OURS.findall(text_of(page))) <= flags
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_sections(page):
+    for target, anchor in re.findall(r"\]\(([\w-]+\.md)(?:#([\w-]+))?\)", text_of(page)):
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", (DOCS / target).read_text(), flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert anchor in slugs, (target, anchor)
