@@ -38,6 +38,7 @@ def run(directory, options, *bandwidths):
     return found, json.loads((directory / "a2a.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_choice_is_made_once_and_kept(tmp_path):
     checkpoints = tmp_path / "saved" / "checkpoints"
     short = "--train-iters 4 --lr-decay-iters 4 --eval-iters 0"

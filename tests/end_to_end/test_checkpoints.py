@@ -6,6 +6,7 @@ from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import ENTRY, STOCK, train
 
 NONE = "--moe-a2a-compress=none"
+pytestmark = pytest.mark.slow
 METHODS = {
     "birdmoe": "--moe-a2a-compress=birdmoe",
     # Its state travels in the checkpoint, beside Megatron's own arguments.

@@ -126,7 +126,7 @@ class Job:
         assert self.state() == "COMPLETED", self.output()[-3000:]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
     options = f"--moe-a2a-compress=birdmoe --train-iters {ITERATIONS} --ckpt-format torch"
     job = Job(slurm, tmp_path, TEMPLATES[0], f"{TINY} {EXPERTS}", options)
@@ -155,7 +155,7 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
         assert found[tag] == values, tag
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_t5_template_trains_on_two_nodes(slurm, tmp_path):
     data = t5_data.write(tmp_path)
     options = f"{BIRDMOE} --ckpt-format torch"
