@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import ENTRY, train
 
