@@ -2,7 +2,7 @@
 #   docker build -t megatron-moe-comp .
 #   docker build -t megatron-moe-comp:cpu --build-arg VARIANT=cpu .
 ARG VARIANT=gpu
-# PyTorch 2.12.0a0, CUDA 13.2 and Python 3.12. Releases before 26.02 have a torch older than 2.11.
+# PyTorch 2.12.0a0, CUDA 13.2, Python 3.12. That of 26.03 is 2.11.0a0, which counts as older than 2.11.
 ARG GPU_BASE=nvcr.io/nvidia/pytorch:26.04-py3@sha256:192d749b4d773610ec9e01c0443a9df545d196c412b7b8fd33bfa3da362a49e7
 ARG CPU_BASE=python:3.12.12-slim-bookworm
 

@@ -74,7 +74,7 @@ if ! is_current $installed "$wanted"; then
     export PIP_CONSTRAINT=$PWD/.venv/constraints.txt
     .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
     # The kernels are compiled against this torch; an isolated build would download another.
-    .venv/bin/python -m pip install "setuptools>=77" ninja torch
+    .venv/bin/python -m pip install "setuptools>=77" "packaging>=24.2" ninja torch
     .venv/bin/python -m pip install --no-build-isolation -e '.[test]'
     echo "$wanted" > $installed
 else
