@@ -88,11 +88,11 @@ def ignored(path):
     return found
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_the_build_context_has_what_git_has_and_nothing_that_is_built():
-    done = run("git", "ls-files")
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    assert [path for path in done.stdout.split() if ignored(path)] == []
+    paths = run("git", "ls-files").stdout.split()
+    assert "Dockerfile" in paths
+    assert [path for path in paths if ignored(path)] == []
     assert not ignored("megatron_moe_comp/data/prepare.py")
     for path in (".git/config", ".venv/bin/python", "data/stdlib.bin", "a/__pycache__/b.pyc"):
         assert ignored(path), path
@@ -110,27 +110,16 @@ def test_the_health_check_lists_every_op():
     assert {cpu for _, cpu, _ in rows} == {"compiled"}
 
 
-@pytest.fixture
-def package(tmp_path):
-    """A copy of the package without compiled kernels."""
-    shutil.copytree(
-        ROOT / "megatron_moe_comp",
-        tmp_path / "megatron_moe_comp",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )
-    return tmp_path
-
-
-def test_missing_and_broken_kernels_end_the_build(package):
+def test_missing_cuda_kernels_end_the_build(tmp_path):
+    package = tmp_path / "megatron_moe_comp"
+    shutil.copytree(ROOT / "megatron_moe_comp/ops", package / "ops")
+    shutil.copy(ROOT / "megatron_moe_comp/__init__.py", package)
     # Without site: the finder of an editable install would find the kernels of that.
-    command = (sys.executable, "-S", "-P", "-m", "megatron_moe_comp.ops")
-    there = {"PYTHONPATH": f"{package}:{sysconfig.get_path('purelib')}"}
-    done = run(*command, "--require", "cuda", **there)
+    command = (sys.executable, "-S", "-P", "-m", "megatron_moe_comp.ops", "--require", "cuda")
+    done = run(*command, PYTHONPATH=f"{tmp_path}:{sysconfig.get_path('purelib')}")
     assert done.returncode == 1
     assert "No kernel is compiled for cuda" in done.stderr
     assert "compiled" not in done.stdout
-    (package / "megatron_moe_comp/_kernels_cuda.so").write_text("of another torch")
-    assert "ImportError" in run(*command, **there).stderr
 
 
 def test_kept_packages_and_constraints():
