@@ -85,7 +85,7 @@ if ((gpus > 0)); then
     fi
 fi
 
-run=(.venv/bin/torchrun --standalone --nproc-per-node "$ranks" "$script"
+run=(.venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$script"
     "${model[@]}" "${training[@]}" "${inputs[@]}" "${compression[@]}" "$@")
 if [[ $kind == t5 ]]; then
     before=runs/local/before.log

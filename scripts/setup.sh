@@ -2,7 +2,8 @@
 # Creates .venv with everything installed and the kernels compiled. Done again only when what is to
 # be installed changed; changed kernels are only compiled again.
 #   bash scripts/setup.sh
-# Python 3.12 is taken from $PYTHON, the PATH, pyenv or uv, whichever has it first.
+# Python 3.12 is taken from $PYTHON, the PATH, pyenv or uv, whichever has it first. SYSTEM_PACKAGES=1
+# uses the torch that it has; see docs/containers.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -67,11 +68,14 @@ if ! is_current $installed "$wanted"; then
     python=$(find_python)
     require_compiler
     echo "Installing into .venv with $python: PyTorch and Megatron, about 5 GB, a few minutes ..."
-    "$python" -m venv --clear .venv
-    .venv/bin/python -m pip install --quiet --upgrade "pip>=24" -c constraints.txt
+    "$python" -m venv --clear ${SYSTEM_PACKAGES:+--system-site-packages} .venv
+    .venv/bin/python scripts/base_packages.py constraints.txt > .venv/constraints.txt
+    # Set, not added to: images have constraints of their own, which need not agree with these.
+    export PIP_CONSTRAINT=$PWD/.venv/constraints.txt
+    .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
     # The kernels are compiled against this torch; an isolated build would download another.
-    .venv/bin/python -m pip install -c constraints.txt setuptools ninja torch
-    .venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[test]'
+    .venv/bin/python -m pip install "setuptools>=77" "packaging>=24.2" ninja torch
+    .venv/bin/python -m pip install --no-build-isolation -e '.[test]'
     echo "$wanted" > $installed
 else
     require_compiler

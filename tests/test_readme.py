@@ -35,7 +35,9 @@ def test_every_flag_of_t5_has_a_row_and_no_row_is_stale():
             assert rows[name].strip("`") == str(default)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/t5_moe.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/containers.md", "docs/t5_moe.md"]
+)
 def test_named_files_exist(document):
     text = (ROOT / document).read_text()
     for path in re.findall(r"\b(?:scripts|tests)/[\w/.]+\.(?:sh|py)\b", text):

@@ -95,7 +95,8 @@ def test_setup_repeats_what_changed(copy):
     python = copy / "bin/python3.12"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    install = [["-m", "venv", "--clear"]] + [["-m", "pip", "install"]] * 3
+    install = [["-m", "venv", "--clear"], ["scripts/base_packages.py", "constraints.txt"]]
+    install += [["-m", "pip", "install"]] * 3
     status = ["setup.py", "--name"]
     assert setup_commands(copy) == [*install, status]
     assert setup_commands(copy) == []

@@ -31,7 +31,7 @@ if [[ -n $IMAGE ]]; then
 fi
 mkdir -p "$MOE_LOGS"
 echo "Start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $SCRIPT $config $*"
-srun --kill-on-bad-exit=1 "${container[@]}" bash scripts/slurm/node.sh "$SCRIPT" \
+srun --kill-on-bad-exit=1 "${container[@]}" bash "${CODE:-.}/scripts/slurm/node.sh" "${CODE:-.}/$SCRIPT" \
     "${configured[@]}" "${DATA[@]}" \
     --save "$RESULTS/checkpoints" --load "$RESULTS/checkpoints" --save-interval "$SAVE_INTERVAL" \
     --exit-signal-handler --tensorboard-dir "$RESULTS/tensorboard" \

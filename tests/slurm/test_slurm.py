@@ -170,7 +170,9 @@ def test_the_t5_template_trains_on_two_nodes(slurm, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shell_scripts_are_clean():
-    scripts = [path for folder in ("scripts", "benchmarks", "tests") for path in shells(folder)]
+    scripts = [
+        path for folder in ("scripts", "benchmarks", "docker", "tests") for path in shells(folder)
+    ]
     assert len(scripts) > 7
     done = subprocess.run(["shellcheck", *scripts], check=False, capture_output=True, text=True)
     assert not done.returncode, done.stdout

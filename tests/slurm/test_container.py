@@ -1,0 +1,62 @@
+"""A template with IMAGE, srun replaced: which code runs, and where."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Says what the container would be and runs the rest here.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do
+    case $1 in
+    --container-*) echo "$1 $2" && shift 2 ;;
+    *) shift ;;
+    esac
+done
+SLURM_JOB_NUM_NODES=1 SLURMD_NODENAME=node0 exec "$@"
+"""
+SCRIPT = """import code_that_runs, os, sys
+print("code", code_that_runs.__file__, "in", os.getcwd(), "flags", sys.argv[1:5])
+"""
+
+
+def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path):
+    checkout, image = tmp_path / "checkout", tmp_path / "image"
+    for code in (checkout, image):
+        shutil.copytree(ROOT / "scripts/slurm", code / "scripts/slurm")
+        (code / "pretrain_gpt_moe.py").write_text(SCRIPT)
+        (code / "code_that_runs.py").touch()
+        (code / ".venv/bin").mkdir(parents=True)
+        (code / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (code / ".venv/bin/python").chmod(0o755)
+    (checkout / "tiny.args").write_text("--num-layers 2\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text(SRUN)
+    (tmp_path / "bin/srun").chmod(0o755)
+    template = checkout / "scripts/slurm/pretrain_gpt_moe.sbatch"
+    template.write_text(template.read_text().replace("/opt/megatron_moe_comp", str(image)))
+    site = {"IMAGE": "/moe.sqsh"}
+    site |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "tiny", "SLURM_JOB_NODELIST": "node0"}
+    site |= {"MASTER_ADDR": "127.0.0.1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", template, "tiny.args"],
+        check=False,
+        cwd=checkout,
+        env=os.environ | site,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert not done.returncode, done.stdout
+    assert (
+        f"code {image}/code_that_runs.py in {checkout} flags ['--num-layers', '2'," in done.stdout
+    )
+    containers = [
+        "--container-image /moe.sqsh",
+        f"--container-mounts {checkout}:{checkout}",
+        f"--container-workdir {checkout}",
+    ]
+    assert re.findall("^--container.*", done.stdout, flags=re.MULTILINE) == containers
