@@ -46,7 +46,7 @@ class LshHash(ABC):
     def keys(self, rows: torch.Tensor, num_coordinates: int) -> torch.Tensor:
         """Returns the keys of rows [N, H] by their first rotated coordinates, int64 [N]."""
         if self._rotation.device != rows.device:
-            self._rotation = self._rotation.to(rows.device)
+            self._rotation = self._rotation.to(rows.device, non_blocking=True)
         return self._hash(rows, self._rotation, num_coordinates)
 
 

@@ -29,6 +29,10 @@ class Clusters:
     """int64 [C + 1]: where in `order` each cluster begins, and N."""
     num_per_expert: torch.Tensor
     """int64 [E]: clusters of each expert's rows."""
+    row_ends: Sequence[int]
+    """[E + 1], on the host: where each expert's rows begin, and N."""
+    cluster_ends: Sequence[int]
+    """[E + 1], on the host: where each expert's clusters begin, and C."""
 
     @property
     def num_rows(self) -> int:
@@ -88,7 +92,7 @@ def cluster(keys: torch.Tensor, groups: Groups) -> Clusters:
         groups: the rows of each expert.
     """
     if not all(groups.clustered):
-        mask = torch.tensor(groups.clustered, device=keys.device)
+        mask = torch.tensor(groups.clustered).to(keys.device, non_blocking=True)
         keys = torch.where(groups.of_rows(mask), keys, own_keys(len(keys), keys.device))
     return _of_sorted_keys(*(groups.experts << _KEY_BITS | keys).sort(stable=True), groups)
 
@@ -96,9 +100,13 @@ def cluster(keys: torch.Tensor, groups: Groups) -> Clusters:
 def _of_sorted_keys(keys: torch.Tensor, order: torch.Tensor, groups: Groups) -> Clusters:
     is_first = torch.ones_like(keys, dtype=torch.bool)
     is_first[1:] = keys[1:] != keys[:-1]
-    starts = is_first.nonzero()[:, 0]
+    begun = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))  # clusters before each row
+    ends = begun.index_select(0, groups.offsets)
+    # How many clusters there are is a size from here on: the one wait for the device.
+    row_ends, cluster_ends = torch.stack((groups.offsets, ends)).tolist()
+    starts = is_first.nonzero_static(size=cluster_ends[-1])[:, 0]
     offsets = torch.nn.functional.pad(starts, (0, 1), value=len(keys))
-    return Clusters(order, offsets, torch.searchsorted(starts, groups.offsets).diff())
+    return Clusters(order, offsets, ends.diff(), row_ends, cluster_ends)
 
 
 def shuffled(keys: torch.Tensor, groups: Groups, random: torch.Tensor) -> torch.Tensor:
@@ -135,11 +143,9 @@ def refined(clusters: Clusters, rows: torch.Tensor, groups: Groups) -> Clusters:
     centroids = clusters.mean(rows)
     half_norms = centroids.square().sum(dim=1) / 2
     assignment = clusters.assignment.clone()
-    row_ends = groups.offsets.tolist()
-    cluster_ends = [0, *clusters.num_per_expert.cumsum(0).tolist()]
     for expert, is_clustered in enumerate(groups.clustered):
-        first_row, last_row = row_ends[expert : expert + 2]
-        first, last = cluster_ends[expert : expert + 2]
+        first_row, last_row = clusters.row_ends[expert : expert + 2]
+        first, last = clusters.cluster_ends[expert : expert + 2]
         if first_row == last_row or not is_clustered:
             continue
         # Half the square of the distance, less half that of the row, which no centroid changes.

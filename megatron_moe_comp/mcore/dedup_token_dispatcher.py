@@ -61,14 +61,20 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         if self.ep_size == 1:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
-            "before_permutation_1", self.preprocess(routing_map)
+        counts = self.preprocess(routing_map)
+        # The numbers of pairs and rows are sizes from here on: the one wait for the device.
+        self._maybe_update_cuda_sync_point("before_permutation_1")
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
+        own_counts = self._counts[self.ep_rank]
+        num_pairs, num_rows = (
+            int(n.sum()) for n in own_counts.tensor_split((self.num_experts,))
         )
-        by_rank = self._by_rank(routing_map).transpose(0, 1)  # [ranks, T, L]
-        ranks, self._tokens = by_rank.any(dim=2).nonzero(as_tuple=True)
-        self._masks = by_rank[ranks, self._tokens]
+        by_rank = self._by_rank(routing_map).transpose(0, 1).flatten(0, 1)  # [ranks * T, L]
+        places = by_rank.any(dim=1).nonzero_static(size=num_rows)[:, 0]
+        pairs = by_rank.flatten().nonzero_static(size=num_pairs)[:, 0]
+        self._tokens, self._masks = places % len(routing_map), by_rank.index_select(0, places)
         rows = hidden_states.reshape(-1, self.hidden_shape[-1]).index_select(0, self._tokens)
-        return rows, self._by_rank(probs).transpose(0, 1).masked_select(by_rank)
+        return rows, self._by_rank(probs).transpose(0, 1).flatten().index_select(0, pairs)
 
     def token_dispatch(
         self, permutated_local_input_tokens: torch.Tensor, permuted_probs: torch.Tensor
@@ -83,8 +89,10 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
             permutated_local_input_tokens, permuted_probs, _pack_bits(self._masks)
         )
         self._masks = None
-        row, expert = _unpack_bits(masks, self.num_local_experts).nonzero(as_tuple=True)
-        rows_from = torch.tensor(self._dispatched.routes[0].received.rows, device=row.device)
+        received = self._dispatched.routes[0].received
+        bits = _unpack_bits(masks, self.num_local_experts)
+        row, expert = bits.nonzero_static(size=sum(received.pairs)).unbind(1)
+        rows_from = torch.tensor(received.rows).to(row.device, non_blocking=True)
         source = torch.arange(self.ep_size, device=row.device).repeat_interleave(
             rows_from, output_size=len(rows)
         )
@@ -119,7 +127,7 @@ def _sum_by(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tenso
 def _pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """Returns a bool mask [N, L] as bits, uint8 [N, ceil(L / 8)]; bit i of byte j is 8j + i."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.view(len(mask), padded.shape[1] // 8, 8) * weights).sum(2, dtype=torch.uint8)
 
 

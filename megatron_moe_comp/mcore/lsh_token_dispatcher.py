@@ -5,6 +5,7 @@ centroids that arrive; H columns; E experts; P ranks of the expert-parallel grou
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -149,10 +150,8 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         home, forward_pass = self._at_home, self._forward_pass
         if not forward_pass.training or forward_pass.recomputed:
             return
-        alone = 0
-        if not all(groups.clustered):
-            alone_of = zip(groups.num_rows.tolist(), groups.clustered, strict=True)
-            alone = sum(n for n, is_clustered in alone_of if not is_clustered)
+        ends = zip(pairwise(home.clusters.row_ends), groups.clustered, strict=True)
+        alone = sum(end - begin for (begin, end), is_clustered in ends if not is_clustered)
         num_rows, num_centroids = groups.total - alone, len(home.clusters) - alone
         self._rows_seen += num_rows
         self._centroids_seen += num_centroids

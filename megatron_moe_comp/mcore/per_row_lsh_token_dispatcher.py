@@ -57,7 +57,10 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
         # Only the values of the centroids are sent: the rows' gradients are those of the copies.
         rows, sizes = self._exchange_per_row(
             permutated_local_input_tokens,
-            (lambda _: home.centroids.detach(), _copies),
+            (
+                lambda _: home.centroids.detach(),
+                partial(_copies, num_copies=sum(route.received.pairs)),
+            ),
             sizes[:, None].view(torch.uint8),
             route,
             ("dispatch_fwd", "dispatch_bwd"),
@@ -69,13 +72,13 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
         """Returns for each row the output of its centroid, [N, H], cluster by cluster."""
         if not self._at_home:
             return super().token_combine(hidden_states, *args, **kwargs)
-        arrived = self._num_rows.view(torch.int32)[:, 0].long()
-        sizes = self._at_home.clusters.offsets.diff().to(torch.int32)
+        home, arrived = self._at_home, self._num_rows.view(torch.int32)[:, 0].long()
+        sizes = home.clusters.offsets.diff().to(torch.int32)
         rows, _ = self._exchange_per_row(
             hidden_states,
             (
                 partial(torch.index_select, dim=0, index=arrived.cumsum(0) - arrived),
-                lambda rows, _: _copies(rows, sizes[:, None].view(torch.uint8)),
+                lambda rows, _: _copies(rows, sizes[:, None].view(torch.uint8), len(home.rows)),
             ),
             None,
             self._dispatched.routes[0].reversed(),
@@ -111,6 +114,13 @@ class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):
         return outputs.index_select(0, home.clusters.order.argsort())
 
 
-def _copies(rows: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Returns as many copies of each row as its size, int32 as bytes [rows, 4], says."""
-    return rows.repeat_interleave(sizes.view(torch.int32)[:, 0].long(), dim=0)
+def _copies(rows: torch.Tensor, sizes: torch.Tensor, num_copies: int) -> torch.Tensor:
+    """Returns as many copies of each row as its size, int32 as bytes [rows, 4], says.
+
+    Args:
+        rows: [rows, H].
+        sizes: see above.
+        num_copies: their sum, which the host knows without waiting for the device.
+    """
+    sizes = sizes.view(torch.int32)[:, 0].long()
+    return rows.repeat_interleave(sizes, dim=0, output_size=num_copies)

@@ -92,7 +92,8 @@ def nearest_levels(rows: torch.Tensor, scales: torch.Tensor, num_bits: int) -> t
     inverse = torch.full_like(scales, CELLS) / scales
     scaled = torch.where(usable[:, None], rows.float(), 0.0) * inverse[:, None]
     cells = scaled.floor().clamp(-128, 127).to(torch.int8)
-    thresholds = torch.tensor(THRESHOLDS[num_bits], dtype=torch.int8, device=rows.device)
+    thresholds = torch.tensor(THRESHOLDS[num_bits], dtype=torch.int8)
+    thresholds = thresholds.to(rows.device, non_blocking=True)
     # Cell -1 mirrors cell 0.
     mirrored = torch.where(cells < 0, ~cells, cells)
     index = torch.bucketize(mirrored, thresholds, right=True, out_int32=True)
@@ -125,7 +126,8 @@ def _unpack_reference(message: torch.Tensor, rows: torch.Tensor, segments: Seque
         row_bytes = packed_bytes(hidden, num_bits)
         packed = message[codes_offset : codes_offset + num_rows * row_bytes]
         codes = unpack(packed.view(num_rows, row_bytes), num_bits, hidden)
-        magnitudes = torch.tensor(MAGNITUDES[num_bits], dtype=torch.float32, device=rows.device)
+        magnitudes = torch.tensor(MAGNITUDES[num_bits], dtype=torch.float32)
+        magnitudes = magnitudes.to(rows.device, non_blocking=True)
         levels = torch.cat((-magnitudes.flip(0), magnitudes))
         values = levels[codes.int()] * scales[:, None]
         rows[first : first + num_rows] = values.clamp(-largest, largest).to(rows.dtype)
