@@ -66,9 +66,7 @@ class DedupAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._maybe_update_cuda_sync_point("before_permutation_1")
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", counts)
         own_counts = self._counts[self.ep_rank]
-        num_pairs, num_rows = (
-            int(n.sum()) for n in own_counts.tensor_split((self.num_experts,))
-        )
+        num_pairs, num_rows = (int(n.sum()) for n in own_counts.tensor_split((self.num_experts,)))
         by_rank = self._by_rank(routing_map).transpose(0, 1).flatten(0, 1)  # [ranks * T, L]
         places = by_rank.any(dim=1).nonzero_static(size=num_rows)[:, 0]
         pairs = by_rank.flatten().nonzero_static(size=num_pairs)[:, 0]

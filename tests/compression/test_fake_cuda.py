@@ -1,6 +1,6 @@
 """The Python side on tensors that say they are on a GPU: devices, dtypes and shapes."""
 
-import sys
+import math
 
 import pytest
 import torch
@@ -8,22 +8,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.compression.packet import Exact, Packet, Peer
-from megatron_moe_comp.ops.quantize_pack import quantize
-from megatron_moe_comp.ops.unpack_dequantize import unpack
 from tests.compression.variants import (
     DTYPES,
     RANDOM,
     SEGMENT_ROWS,
     VARIANTS,
-    VARIANTS_AND_BITS,
     all_bits,
+    normal_rows,
+    usual_bits,
 )
+from tests.fake_gpu import CUDA_KERNELS, fake_gpu, values
 
 PROBS = Exact(SEGMENT_ROWS, 4)
 
 
-@pytest.mark.parametrize(("name", "num_bits"), VARIANTS_AND_BITS)
-def test_packets_stay_on_the_device(name, num_bits):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packets_stay_on_the_device(name):
+    num_bits = usual_bits(VARIANTS[name])
     for dtype in DTYPES:
         with FakeTensorMode():
             rows = torch.empty(16, 72, device="cuda", dtype=dtype)
@@ -36,76 +37,38 @@ def test_packets_stay_on_the_device(name, num_bits):
             packet.decode(message, torch.empty_like(rows), [torch.empty_like(probs)], RANDOM)
 
 
-@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if hasattr(c, "encode_rows")])
-def test_codecs_stay_on_the_device(name):
+WITHOUT_AND_WITH_KERNELS = [pytest.param(name, frozenset(), id=name) for name in VARIANTS] + [
+    pytest.param(name, CUDA_KERNELS, id=f"{name}-kernels")
+    for name, codec in VARIANTS.items()
+    if CUDA_KERNELS.intersection(codec.kernels)
+]
+
+
+@pytest.mark.parametrize(("name", "kernels"), WITHOUT_AND_WITH_KERNELS)
+def test_packets_are_those_of_the_cpu(name, kernels):
+    """On a GPU, too, for which the host never waits."""
     codec = VARIANTS[name]
-    with FakeTensorMode():
-        rows = torch.empty(16, 72, device="cuda", dtype=torch.bfloat16)
-        numbers = torch.empty(16, device="cuda", dtype=torch.int64)
-        for num_bits in all_bits(codec):
-            sections = codec.sections(72, rows.dtype, num_bits)
-            parts = codec.encode_rows(rows, numbers, num_bits, RANDOM)
-            for part, section in zip(parts, sections, strict=True):
-                assert part.device.type == "cuda"
-                shape = (16, section.row_bytes) if section.row_bytes else (1, section.segment_bytes)
-                assert (len(part), part[0].numel() * part.itemsize) == shape
-            octets = [part.contiguous().view(torch.uint8) for part in parts]
-            decoded = codec.decode_rows(octets, num_bits, 72, torch.bfloat16)
-            assert (decoded.device, decoded.dtype, decoded.shape) == (
-                rows.device,
-                rows.dtype,
-                rows.shape,
-            )
-
-
-@pytest.mark.parametrize("num_bits", [3, 8])
-@pytest.mark.parametrize("scales_are_given", [False, True])
-def test_references_stay_on_the_device(num_bits, scales_are_given):
-    pack_reference, unpack_reference = (
-        sys.modules[function.__module__]._reference for function in (quantize, unpack)
+    widths = all_bits(codec)
+    widths = widths[0], widths[len(widths) // 2], widths[-1]
+    rows, probs = normal_rows(torch.bfloat16, hidden=72), torch.rand(16)
+    packet = Packet.plan(
+        [Peer(n, b, codec) for n, b in zip((5, 2, 9), widths, strict=True)],
+        -1,
+        rows,
+        [Exact((5, 2, 9), 4)],
     )
-    segments = ops.flatten(
-        [ops.OpSegment(0, 5, num_bits, 0, 512), ops.OpSegment(5, 11, 4, 1024, 0)]
-    )
-    with FakeTensorMode():
-        rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
-        scales = torch.empty(16, device="cuda") if scales_are_given else None
-        message = torch.empty(2048, device="cuda", dtype=torch.uint8)
-        pack_reference(rows, scales, message, segments, 1, 2, 3)
-        unpack_reference(message, scales, rows, segments)
-        sys.modules[ops.unpack_dithered.__module__]._reference(
-            message, rows, segments, [3, 1, 7, 2], 2, 3
-        )
-        codes = quantize(rows, torch.empty(16, device="cuda"), num_bits, 0, **vars(RANDOM))
-        assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.uint8, (16, 64))
-
-
-@pytest.mark.parametrize("name", list(ops.CAST_FORMATS))
-def test_cast_references_stay_on_the_device(name):
-    module, num_bits = (
-        sys.modules["megatron_moe_comp.ops.cast_pack"],
-        ops.CAST_FORMATS[name].num_bits,
-    )
-    segments = ops.flatten(
-        [ops.OpSegment(0, 5, num_bits, 0, 1024), ops.OpSegment(5, 11, num_bits, 2048, 0)]
-    )
-    with FakeTensorMode():
-        rows = torch.empty(16, 72, device="cuda", dtype=torch.bfloat16)
-        message = torch.empty(4096, device="cuda", dtype=torch.uint8)
-        module._pack_reference(rows, message, segments, name)
-        module._unpack_reference(message, rows, segments, name)
-
-
-def test_references_of_gaussian_stay_on_the_device():
-    segments = ops.flatten([ops.OpSegment(0, 5, 3, 0, 512), ops.OpSegment(5, 11, 4, 1024, 0)])
-    module = sys.modules[ops.gaussian_pack.__module__]
-    with FakeTensorMode():
-        rows = torch.empty(16, 64, device="cuda", dtype=torch.bfloat16)
-        message = torch.empty(2048, device="cuda", dtype=torch.uint8)
-        module._pack_reference(rows, message, segments)
-        module._unpack_reference(message, rows, segments)
-        scales = module.rms(rows)
-        assert (scales.device.type, scales.dtype, scales.shape) == ("cuda", torch.bfloat16, (16,))
+    expected = packet.encode(rows, [probs], RANDOM)
+    decoded, probs_decoded = torch.full_like(rows, math.nan), torch.full_like(probs, math.nan)
+    packet.decode(expected, decoded, [probs_decoded], RANDOM)
+    with fake_gpu(kernels) as gpu:
+        message = packet.encode(gpu.tensor(rows), [gpu.tensor(probs)], RANDOM)
+        arrived = [gpu.tensor(torch.full_like(t, math.nan)) for t in (rows, probs)]
+        packet.decode(message, arrived[0], arrived[1:], RANDOM)
+    assert (message.device.type, message.dtype) == ("cuda", torch.uint8)
+    assert gpu.waits == []
+    assert torch.equal(values(message), expected)
+    for ours, theirs in zip(arrived, (decoded, probs_decoded), strict=True):
+        assert torch.equal(values(ours), theirs)
 
 
 def test_hashing_and_clustering_stay_on_the_device():
