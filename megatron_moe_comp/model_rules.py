@@ -73,6 +73,13 @@ DEDUP_RULES = (
         "with --moe-a2a-dedup sends each token once, which padding every expert's rows contradicts",
         "Drop the option, or --moe-a2a-dedup",
     ),
+    ModelRule(
+        "moe_router_padding_for_quantization",
+        (False, None),
+        "with --moe-a2a-dedup sends the rows that were routed and none beside them",
+        "Drop the option, and --moe-router-padding-for-fp8: Transformer Engine's experts then pad "
+        "their rows",
+    ),
 )
 """What --moe-a2a-dedup requires besides."""
 
@@ -87,7 +94,8 @@ LSH_RULES = (
         "moe_router_padding_for_quantization",
         (False, None),
         "sends as many rows to an expert as there are clusters, which padding contradicts",
-        "Drop the option, and --moe-router-padding-for-fp8",
+        "Drop the option, and --moe-router-padding-for-fp8: Transformer Engine's experts then pad "
+        "their rows",
     ),
     ModelRule(
         "moe_apply_probs_on_input",

@@ -300,9 +300,13 @@ def test_model_options_that_cannot_work_are_refused(changes, parts):
     CompressionConfig(moe_a2a_compress="none").check_model(model(**changes))
 
 
-def test_dedup_refuses_padding():
-    options = model(moe_pad_expert_input_to_capacity=True)
-    with pytest.raises(ValueError, match=r"--moe-pad-expert-input-to-capacity: .*--moe-a2a-dedup"):
+@pytest.mark.parametrize(
+    "option", ["moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization"]
+)
+def test_dedup_refuses_padding(option):
+    options = model(**{option: True})
+    name = "--" + option.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"{name}: .*--moe-a2a-dedup .*Drop the option"):
         CompressionConfig(moe_a2a_compress="rq", moe_a2a_dedup=True).check_model(options)
     CompressionConfig(moe_a2a_compress="rq").check_model(options)
 

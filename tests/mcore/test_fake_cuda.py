@@ -65,22 +65,27 @@ def through(dispatcher, x, routing_map, probs):
     rows, per_expert, probs = dispatcher.dispatch_postprocess(rows, probs)
     assert per_expert.device.type == "cpu"
     assert per_expert.sum() == len(rows)
+    if dispatcher.config.moe_router_padding_for_quantization:
+        assert (per_expert % 16 == 0).all()
     outputs = dispatcher.combine_preprocess((rows * 2 * probs[:, None]).to(rows.dtype))
     return dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
 
 
 def traced(rank, model, method, options, kernels):
     """Where the host waits; the fake GPU's bytes, output and gradients are those of the CPU."""
-    config = make_config(**model)
+    config = make_config(**{k: v for k, v in model.items() if k not in FP8})
+    layers = [compressed(config, method, **options) for _ in range(2)]
+    # Experts of fp8 cannot be built without Transformer Engine.
+    vars(config).update({k: v for k, v in model.items() if k in FP8})
     x, routing_map, probs = rows_of(rank, config)
     x.requires_grad_()
     probs.requires_grad_()
     weights = torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)
     with watched_splits() as expected:
-        ours = compressed(config, method, **options)
-        output = through(ours.token_dispatcher, x, routing_map, probs)
+        # Padding for fp8 writes into the map.
+        output = through(layers[0].token_dispatcher, x, routing_map.clone(), probs)
         output.backward(weights)
-    dispatcher = compressed(config, method, **options).token_dispatcher
+    dispatcher = layers[1].token_dispatcher
     with (
         fake_gpu(kernels) as gpu,
         patch.object(dispatcher, "cuda_dtoh_stream", gpu.side),
@@ -108,6 +113,7 @@ CLUSTERS = "lsh_clustering._of_sorted_keys: copy to the host"
 REFINED = COUNTS | {CLUSTERS: 2}
 PROBES = {"lsh_clustering.with_probes: index": 3, CLUSTERS: 3}
 CAPACITY = {"moe_expert_capacity_factor": 4.0}
+FP8 = {"moe_router_padding_for_quantization": True, "fp8": "hybrid", "fp8_recipe": "delayed"}
 BFLOAT16 = {"bf16": True, "params_dtype": torch.bfloat16}
 CASES = {
     "none": ({}, "none", {}, COUNTS),
@@ -137,6 +143,7 @@ CASES = {
         {"moe_a2a_scope": "inter-node", "moe_a2a_ranks_per_node": 2, "moe_a2a_chunks": 2},
         COUNTS,
     ),
+    "padded for fp8": (FP8, "birdmoe", {}, COUNTS),
     "one wire": (BFLOAT16, "mxfp8", {"moe_a2a_wires": ("combine_fwd",)}, COUNTS),
     "dedup": ({}, "birdmoe", {"moe_a2a_dedup": True}, COUNTS),
     "dedup, top 4 in chunks": (
