@@ -3,11 +3,13 @@
     python benchmarks/bench_codec.py                                # a table of every codec
     python benchmarks/bench_codec.py --codecs rq --bits 4 --threads 1,2 --json rows.json
     python benchmarks/bench_codec.py --codecs rq --impl compiled,reference
+    python benchmarks/bench_codec.py --codecs rq,dithered,gaussian --device cuda
 
 Throughput is in GB/s of the rows as float32, whatever their dtype, so that the codecs of a table
 are comparable. memcpy, encoding and decoding take turns in one run and the best time of each
 counts; the buffers exist beforehand. memcpy is the C library's, on as many threads: torch's copy_
-is slower, as it does not bypass the cache. The sizes should exceed the last cache.
+is slower, as it does not bypass the cache. On CUDA it is copy_, and a time ends when the device has
+finished. The sizes should exceed the last cache.
 """
 
 import argparse
@@ -61,18 +63,20 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line asks for, prints a table and writes the JSON file."""
     options = parse_options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device=cuda: no GPU is visible. Use --device=cpu.")
     kernels = {op for name in options.codecs for op in CODECS[name].kernels}
-    missing = sorted(op for op in kernels if not ops.is_compiled("cpu", op))
+    missing = sorted(op for op in kernels if not ops.is_compiled(options.device, op))
     if missing and "compiled" in options.impl:
         sys.exit(
-            f"--impl=compiled: the C++ kernels {', '.join(missing)} are not built, so their "
-            "references would be measured. Build them with scripts/setup.sh, or use "
+            f"--impl=compiled: the {options.device} kernels {', '.join(missing)} are not built, so "
+            "their references would be measured. Build them with scripts/setup.sh, or use "
             "--impl=reference."
         )
     results = []
     for size in options.sizes:
         for dtype in options.dtypes:
-            rows = make_rows(size, options.hidden, getattr(torch, dtype))
+            rows = make_rows(size, options.hidden, getattr(torch, dtype)).to(options.device)
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 for name, bits, impl in cases(options):
@@ -100,6 +104,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--threads", type=numbers, default=[1])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--impl", type=names(IMPLEMENTATIONS), default=["compiled"])
     parser.add_argument("--json", help="file to write the rows to")
     return parser.parse_args(arguments)
@@ -150,7 +155,8 @@ def measure(name: str, bits: int | None, rows: torch.Tensor, threads: int, impl:
             "memcpy": lambda: memcpy(copy, rows, threads),
             "encode": lambda: codec.encode(rows, segments, message, RANDOM),
             "decode": lambda: codec.decode(message, segments, decoded, RANDOM),
-        }
+        },
+        torch.cuda.synchronize if rows.is_cuda else lambda: None,
     )
     gigabytes = 4 * rows.numel() / 1e9
     return Result(
@@ -165,7 +171,10 @@ def measure(name: str, bits: int | None, rows: torch.Tensor, threads: int, impl:
 
 
 def memcpy(target: torch.Tensor, source: torch.Tensor, threads: int) -> None:
-    """Copies the bytes of `source` with the C library, divided among threads."""
+    """Copies the bytes of `source`, on a CPU with the C library, divided among threads."""
+    if source.is_cuda:
+        target.copy_(source)
+        return
     size = source.numel() * source.itemsize
     bounds = [size * i // threads for i in range(threads + 1)]
 
@@ -179,14 +188,18 @@ def memcpy(target: torch.Tensor, source: torch.Tensor, threads: int) -> None:
         list(pool.map(copy_part, bounds, bounds[1:]))
 
 
-def best_times(actions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Returns the best seconds of each action, which take turns."""
+def best_times(
+    actions: dict[str, Callable[[], object]], wait: Callable[[], object]
+) -> dict[str, float]:
+    """Returns the best seconds of each action, which take turns; `wait` is for the device."""
     best = dict.fromkeys(actions, float("inf"))
     start, repeats = time.perf_counter(), 0
     while repeats < MIN_REPEATS or time.perf_counter() - start < MIN_SECONDS:
         for name, action in actions.items():
+            wait()
             before = time.perf_counter()
             action()
+            wait()
             best[name] = min(best[name], time.perf_counter() - before)
         repeats += 1
     return best
