@@ -65,6 +65,9 @@ class Stream:
 class Event:
     """A point in a stream; the copies to the host before it are there once it was waited for."""
 
+    def record(self) -> None:
+        """Of an event that only times."""
+
     def __init__(self, gpu: "FakeGpu", stream: Stream, time: int) -> None:
         self._gpu, self._stream, self._time = gpu, stream, time
 
@@ -239,6 +242,7 @@ def fake_gpu(kernels: frozenset[str] = CUDA_KERNELS) -> Iterator[FakeGpu]:
             patch("torch.cuda.stream", gpu.on),
             patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
             patch("torch.Tensor.record_stream", lambda *args: gpu.record(*args)),
+            patch("torch.cuda.Event", lambda **_: gpu.stream.record_event()),
             patch("torch.cuda.current_device", lambda: DEVICE),
             patch.object(all_to_all, "exchange", gpu.exchange),
             *(patch(name, _unwrapped(name)) for name in _FACTORIES),
