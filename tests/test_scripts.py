@@ -49,6 +49,14 @@ def test_without_python_the_message_says_what_to_install(copy, script):
     assert not (copy / ".venv").exists()
 
 
+def test_without_a_gpu_nothing_is_tested_on_it(copy):
+    environment = {"PATH": str(copy / "bin"), "HOME": str(copy)}
+    done = run(["bash", str(copy / "scripts/test_gpu.sh")], env=environment)
+    assert done.returncode == 1
+    assert done.stdout == ("No GPU: nvidia-smi is not there or lists none. Nothing was tested.\n")
+    assert not (copy / ".venv").exists()
+
+
 def test_a_wrong_python_is_named(copy):
     environment = {"PATH": str(copy / "bin"), "HOME": str(copy), "PYTHON": "/bin/false"}
     done = run(["bash", str(copy / "scripts/setup.sh")], env=environment)

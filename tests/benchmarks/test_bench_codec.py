@@ -71,6 +71,12 @@ def test_the_reference_is_not_measured_by_accident(tmp_path, monkeypatch, codec)
         run(tmp_path, f"--sizes 1 --codecs {codec}")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"--device=cuda: no GPU is visible"):
+        run(tmp_path, "--sizes 1 --codecs rq --device cuda")
+
+
 def test_an_unknown_codec_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--codecs zip")

@@ -1,6 +1,6 @@
 """What GPUs exchange by NCCL against what the same processes exchange by gloo, bit for bit.
 
-    torchrun --nproc-per-node 2 -m tests.comm.on_gpus
+torchrun --nproc-per-node 2 -m tests.comm.on_gpus
 """
 
 import os
