@@ -1,9 +1,13 @@
 """The fake GPU sees what would be wrong on a real one."""
 
+import sys
+
 import pytest
 import torch
 
-from tests.fake_gpu import DEVICE, backward, fake_gpu, values
+from megatron_moe_comp import ops
+from tests.fake_backward import backward
+from tests.fake_gpu import DEVICE, fake_gpu, values
 
 WAITS = {
     "item": lambda x: x.sum().item(),
@@ -15,6 +19,7 @@ WAITS = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "repeat_interleave": lambda x: x.repeat_interleave(x.long().abs()),
     "a tensor of a list": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "an index on the CPU": lambda x: x[torch.tensor([0, 2])],
     "copy_ from the CPU": lambda x: x.copy_(torch.ones(3)),
 }
 
@@ -29,6 +34,20 @@ def test_the_host_waits(real, wait):
     with fake_gpu() as gpu:
         WAITS[wait](gpu.tensor(real))
     assert len(gpu.waits) == 1
+
+
+def test_the_host_waits_in_a_reference(monkeypatch):
+    rows, message = torch.ones(2, 16), torch.zeros(64, dtype=torch.uint8)
+    table = [0, 2, 3, 0, 32]
+    module = sys.modules[ops.gaussian_pack.__module__]
+    pack = module.pack
+    monkeypatch.setattr(module, "pack", lambda codes, bits: pack(codes.cpu(), bits).to("cuda"))
+    with fake_gpu(frozenset()) as gpu:
+        ops.gaussian_pack(gpu.tensor(rows), gpu.tensor(message), table)
+    assert gpu.waits == [
+        "gaussian._pack_reference: copy to the host",
+        "gaussian._pack_reference: blocking copy to the device",
+    ]
 
 
 def test_the_host_does_not_wait(real):

@@ -11,7 +11,8 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
 from megatron_moe_comp.comm import all_to_all
-from tests.fake_gpu import CUDA_KERNELS, backward, fake_gpu, values
+from tests.fake_backward import backward
+from tests.fake_gpu import CUDA_KERNELS, fake_gpu, values
 from tests.mcore.test_moe_layer import BATCH, HIDDEN, TOKENS, compressed, make_config
 
 
