@@ -15,15 +15,16 @@ INTRODUCTION = f"""# Flags
 
 <!-- Made by {GENERATOR} from the fields of the options' dataclasses and their docstrings. -->
 
-`pretrain_gpt_moe.py`, `finetune_t5_moe.py` and scripts that [`compressed`](migrating.md) has changed
-take every flag of Megatron and these. What the methods do and cost: [methods](methods.md).
+`pretrain_gpt_moe.py`, `finetune_t5_moe.py` and [scripts like Megatron-LM's](migrating.md) take every
+flag of Megatron and these. What the methods do and cost: [methods](methods.md).
 
 Required beside them: `--num-experts N --moe-token-dispatcher-type alltoall` and an
 `--expert-model-parallel-size` above 1 (rows that stay on their rank are not compressed). A hidden
-size must be a multiple of 8. Not supported with compression, and refused at start: other dispatchers,
-`--moe-shared-expert-overlap`, CUDA graphs, 1F1B all-to-all overlap, multi-token prediction. Not with
-`lsh`, and refused: `--moe-a2a-dedup`, padding experts to capacity or for quantization,
-`--moe-apply-probs-on-input`. Options that do not go together are refused with the remedy.
+size must be a multiple of 8. Not supported with compression, and refused at start: other
+dispatchers, `--moe-shared-expert-overlap`, CUDA graphs, 1F1B all-to-all overlap, multi-token
+prediction. Not with `lsh`, and refused: `--moe-a2a-dedup`, padding experts to capacity or for
+quantization, `--moe-apply-probs-on-input`. Options that do not go together are refused with the
+remedy.
 """
 SECTIONS = {
     "compressed expert all-to-all: codecs": "Method, codec and bits",

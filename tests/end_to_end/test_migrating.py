@@ -8,7 +8,7 @@ import pytest
 
 from megatron_moe_comp import run as runner
 from tests.end_to_end.forks import launch
-from tests.end_to_end.runs import ENTRY, ROOT, STOCK, train
+from tests.end_to_end.runs import ROOT, STOCK, train
 
 ITERATIONS = "--train-iters 3"
 BIRDMOE = f"{ITERATIONS} --moe-a2a-compress=birdmoe"
