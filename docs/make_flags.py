@@ -15,8 +15,8 @@ INTRODUCTION = f"""# Flags
 
 <!-- Made by {GENERATOR} from the fields of the options' dataclasses and their docstrings. -->
 
-`pretrain_gpt_moe.py`, `finetune_t5_moe.py` and [scripts like Megatron-LM's](migrating.md) take every
-flag of Megatron and these. What the methods do and cost: [methods](methods.md).
+`pretrain_gpt_moe.py`, `finetune_t5_moe.py` and [scripts like Megatron-LM's](migrating.md) take
+every flag of Megatron and these. What the methods do and cost: [methods](methods.md).
 
 Required beside them: `--num-experts N --moe-token-dispatcher-type alltoall` and an
 `--expert-model-parallel-size` above 1 (rows that stay on their rank are not compressed). A hidden

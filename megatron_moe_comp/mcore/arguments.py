@@ -203,7 +203,7 @@ def parse_command(command: Sequence[str]) -> Namespace:
     """Returns what the flags of a command line say, with nothing validated, set or built.
 
     Args:
-        command: words of an entry script, Megatron-LM's or ours, with its flags; torchrun's may come before.
+        command: of an entry script, Megatron-LM's or ours, which may be torchrun's, with flags.
 
     Raises:
         ValueError: no entry script is named.

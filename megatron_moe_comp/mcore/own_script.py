@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from megatron.core.enums import ModelType
 from megatron.training.config.container import PretrainConfigContainer
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -46,7 +47,14 @@ def compressed(pretrain: Pretrain) -> tuple[Parse, Pretrain]:
         return args
 
     @wraps(pretrain)
-    def train(cfg_container: PretrainConfigContainer, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def train(
+        cfg_container: PretrainConfigContainer,
+        train_valid_test_dataset_provider: Callable[..., Any],
+        model_type: ModelType,
+        forward_step_func: Callable[..., Any],
+        *rest: Any,  # noqa: ANN401
+        **keywords: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         model = cfg_container.model
         if not isinstance(model, GPTModelConfig):
             raise ValueError(
@@ -54,7 +62,14 @@ def compressed(pretrain: Pretrain) -> tuple[Parse, Pretrain]:
                 "MoE layers are replaced in a GPTModelConfig. Use gpt_config_from_args(args)."
             )
         names = [f"layer {number + 1}" for number in range(model.transformer.num_layers)]
-        with compressed_training(*parsed[-1], model, names):
-            return pretrain(cfg_container, *args, **kwargs)
+        with compressed_training(*parsed[-1], model, names) as watched:
+            return pretrain(
+                cfg_container,
+                train_valid_test_dataset_provider,
+                model_type,
+                watched(forward_step_func),
+                *rest,
+                **keywords,
+            )
 
     return parse_and_validate_args, train
