@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 -m megatron_moe_comp.run Megatron-LM/pretrain_gpt.py FLAGS ...
 
 The script is in the shape of Megatron-LM's pretrain_gpt.py and unchanged. Two names of Megatron are
-replaced in this process before it imports them, by what `mcore.own_script.compressed` returns.
+replaced in this process before it imports them; see `mcore/own_script.py`.
 """
 
 import runpy
@@ -21,20 +21,11 @@ def main() -> None:
     del sys.argv[0]
     # As Python does for a script: what lies beside it, a checkout of Megatron, too, comes first.
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-    _replace_names()
+    # After that: it imports Megatron.
+    from megatron_moe_comp.mcore.own_script import replace_names
+
+    replace_names()
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def _replace_names() -> None:
-    """Has scripts import our two functions where they look for Megatron's."""
-    import megatron.training
-    from megatron.training import arguments
-
-    from megatron_moe_comp.mcore.own_script import compressed
-
-    arguments.parse_and_validate_args, megatron.training.pretrain = compressed(
-        megatron.training.pretrain
-    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from megatron import training
 from megatron.core.enums import ModelType
+from megatron.training import arguments
 from megatron.training.config.container import PretrainConfigContainer
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -73,3 +75,8 @@ def compressed(pretrain: Pretrain) -> tuple[Parse, Pretrain]:
             )
 
     return parse_and_validate_args, train
+
+
+def replace_names() -> None:
+    """Has scripts that are imported from now on find our two functions in Megatron's places."""
+    arguments.parse_and_validate_args, training.pretrain = compressed(training.pretrain)

@@ -1,0 +1,171 @@
+"""The commands of README.md and docs/: run here, run by a named test, or checked word by word.
+
+A block of bash without a mark is run. A comment before it says what else it needs, and which test
+runs it; it is not seen on the page:
+
+    <!-- needs: gpu -->
+    <!-- needs: minutes; run by tests/test_scripts.py -->
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.docs.documents import PAGES, ROOT, blocks
+from tests.gloo import PROCESSES
+
+NEEDS = {"gpu", "cluster", "data", "network", "root", "minutes"}
+TIMEOUT_S = 120
+BASH = [block for path in PAGES for block in blocks(path) if block.language == "bash"]
+RUN = [block for block in BASH if block.needs is None]
+MARKED = [block for block in BASH if block.needs is not None]
+ENTRY_SCRIPTS = ("pretrain_gpt_moe.py", "finetune_t5_moe.py", "pretrain_gpt.py")
+OURS = ("megatron_moe_comp", "benchmarks", "docs", "scripts", "configs")
+name_of = lambda block: block.name  # noqa: E731
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A directory that looks like the repository and may be written to."""
+    for path in ROOT.iterdir():
+        if path.name not in ("data", "runs", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def run_python(words, directory):
+    """Returns the exit status and output of `python WORDS`, run by a fork that has Megatron."""
+    log = directory / "output.log"
+    process = PROCESSES.Process(target=_be_python, args=(words, directory, log))
+    process.start()
+    process.join(TIMEOUT_S)
+    process.kill()
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def _be_python(words, directory, log):
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), sys.stdout.fileno())
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+    os.chdir(directory)
+    multiprocessing.set_start_method("fork", force=True)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, os.path.dirname(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+@pytest.mark.parametrize("block", RUN, ids=name_of)
+def test_a_command_without_a_mark_works(block, copy):
+    """The shell expands the words of each python; all else it runs itself."""
+    words = copy / "words"
+    words.touch()
+    shell = f'python() {{ printf "%s\\0" "$@" >> {words}; echo >> {words}; }}\n{block.code}'
+    subprocess.run(["bash", "-euo", "pipefail", "-c", shell], check=True, cwd=copy)
+    commands = [line.split("\0")[:-1] for line in words.read_text().splitlines()]
+    assert commands
+    for command in commands:
+        status, output = run_python(command, copy)
+        assert status == 0, output[-3000:]
+        assert output
+
+
+@pytest.mark.parametrize("block", MARKED, ids=name_of)
+def test_a_mark_says_why_and_names_a_test_that_runs_it(block):
+    assert set(block.needs.split(", ")) <= NEEDS
+    assert block.test or block.needs != "minutes", "which test runs it?"
+    if block.test:
+        text = (ROOT / block.test).read_text()
+        stems = [Path(w).stem for words in block.commands() for w in words if "/" in w or "." in w]
+        assert any(stem in text for stem in stems), f"{block.test} names none of {stems}"
+
+
+@pytest.mark.parametrize("block", BASH, ids=name_of)
+def test_scripts_modules_and_flags_exist(block):
+    for words in block.commands():
+        for word in words:
+            path = word.rstrip(")")
+            if path.split("/")[0] in OURS and "/" in path:
+                assert (ROOT / path).exists(), path
+        flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        if known := known_flags(program(words)):
+            assert flags <= known | {"-m"}, flags - known
+
+
+def program(words):
+    """The entry script, module or script whose flags a command has; None for another program."""
+    if words[0] in ("sbatch", "torchrun"):
+        # Their own flags, and those of a script after it, are not told apart.
+        return f"{words[0]} " + next((w for w in words if w.endswith((".py", ".sbatch"))), "")
+    for i, word in enumerate(words):
+        if word == "-m":
+            return words[i + 1]
+        if word.endswith((".py", "run_local.sh")):
+            return word
+    return None
+
+
+@cache
+def known_flags(name):
+    """The flags of a program; nothing where it has none or is not ours."""
+    if name is None or name.split()[0] == "pip":
+        return set()
+    kind, _, script = name.partition(" ")
+    if script:
+        return of_launchers() | entry_flags()
+    if kind.endswith("run_local.sh") or Path(kind).name in ENTRY_SCRIPTS:
+        return entry_flags()
+    if kind.startswith("megatron_moe_comp.plan"):
+        return help_flags("-m", kind) | entry_flags()
+    if kind.startswith("megatron_moe_comp"):
+        return help_flags("-m", kind)
+    return help_flags(kind) if kind.startswith("benchmarks/") else set()
+
+
+def of_launchers():
+    """What torchrun and sbatch are given in the documents."""
+    return {"--nproc-per-node", "--nodes", "--measure", "--nnodes"}
+
+
+@cache
+def entry_flags():
+    """Every flag of the entry scripts."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_moe_comp.mcore import arguments, dry_run
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    arguments.with_our_flags(arguments.add_t5_args, dry_run.add_dry_run_args)(parser)
+    return set(parser._option_string_actions)
+
+
+@cache
+def help_flags(*words):
+    """The flags that --help of a module or script names."""
+    with tempfile.TemporaryDirectory() as directory:
+        words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+        status, output = run_python([*words, "--help"], Path(directory))
+    assert status == 0, output
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", output))
+
+
+def test_no_command_is_indented():
+    """An indented block has no language, and no mark."""
+    starts = ("bash ", "python ", "torchrun ", "sbatch ", "pip ", "git ")
+    for path in PAGES:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for line in text.splitlines():
+            assert not line.startswith(tuple(f"    {start}" for start in starts)), (path, line)
