@@ -3,10 +3,12 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_moe_comp import run as runner
+from megatron_moe_comp.mcore.own_script import compressed
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import ROOT, STOCK, train
 
@@ -99,3 +101,11 @@ def test_the_runner_wants_a_script(script, message, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", *script.split()])
     with pytest.raises(SystemExit, match=re.escape(message)):
         runner.main()
+
+
+def test_what_cannot_be_compressed_is_refused():
+    parse_and_validate_args, pretrain = compressed(lambda *_: None)
+    with pytest.raises(ValueError, match="ignore_unknown_args: a mistyped flag"):
+        parse_and_validate_args(ignore_unknown_args=True)
+    with pytest.raises(ValueError, match="was given NoneType .* Use gpt_config_from_args"):
+        pretrain(SimpleNamespace(model=None), None, None, None)
