@@ -23,7 +23,7 @@ import pytest
 from tests.docs.documents import PAGES, ROOT, blocks
 from tests.gloo import PROCESSES
 
-NEEDS = {"gpu", "cluster", "data", "network", "root", "minutes"}
+NEEDS = {"gpu", "cluster", "docker", "data", "network", "root", "minutes"}
 TIMEOUT_S = 120
 BASH = [block for path in PAGES for block in blocks(path) if block.language == "bash"]
 RUN = [block for block in BASH if block.needs is None]

@@ -107,5 +107,5 @@ def test_what_cannot_be_compressed_is_refused():
     parse_and_validate_args, pretrain = compressed(lambda *_: None)
     with pytest.raises(ValueError, match="ignore_unknown_args: a mistyped flag"):
         parse_and_validate_args(ignore_unknown_args=True)
-    with pytest.raises(ValueError, match="was given NoneType .* Use gpt_config_from_args"):
+    with pytest.raises(ValueError, match=r"was given NoneType .* Use gpt_config_from_args"):
         pretrain(SimpleNamespace(model=None), None, None, None)
