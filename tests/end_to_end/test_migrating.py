@@ -68,6 +68,7 @@ def test_an_unchanged_script_trains_as_our_entry_script_does(ours, tmp_path):
     assert "Expert all-to-all, birdmoe 6 bit" in run.output
 
 
+@pytest.mark.slow
 def test_without_compression_the_diff_is_stock(tmp_path):
     stock = train(directory(tmp_path, "stock"), ITERATIONS, script=STOCK, launch=launch)
     script = migrated(STOCK, tmp_path)
@@ -75,6 +76,7 @@ def test_without_compression_the_diff_is_stock(tmp_path):
     assert diff.history() == stock.history()
 
 
+@pytest.mark.slow
 def test_megatrons_own_script(ours, tmp_path):
     if "MEGATRON_LM_PATH" not in os.environ:
         pytest.skip("needs a checkout of Megatron-LM core_v0.19.2: MEGATRON_LM_PATH is not set")
