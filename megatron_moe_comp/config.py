@@ -54,8 +54,8 @@ class CompressionConfig(CodecOptions, LshOptions):
     outputs there. Exact up to the order of additions."""
 
     moe_a2a_chunks: int = 1
-    """Pieces that each message is cut into, so that a piece is encoded and another decoded while
-    one is under way. Changes no result; 1: off."""
+    """Pieces that each message is cut into, 1 to 64, so that a piece is encoded and another decoded
+    while one is under way. Changes no result; 1: off."""
 
     moe_a2a_seed: int | None = None
     """Seed of the random rounding, 0 to 4294967295 (default: Megatron's --seed)."""
@@ -65,8 +65,8 @@ class CompressionConfig(CodecOptions, LshOptions):
     times of phases. python -m megatron_moe_comp.watch shows it."""
 
     moe_a2a_stats_json: str | None = None
-    """File that rank 0 writes at the end with the bytes before and after compression and the
-    error of every wire and layer, as JSON."""
+    """File that rank 0 writes at the end with the bytes before and after compression, the bits, the
+    load and the error of every wire and layer, as JSON."""
 
     def __post_init__(self) -> None:
         """Raise ValueError where an option has a value that no run could use."""

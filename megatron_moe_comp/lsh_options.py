@@ -51,7 +51,7 @@ class LshOptions:
     moe_lsh_residual: Residual = "none"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
     identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
-    estimated during training from rows that are sent alone."""
+    estimated during training from a few rows that are sent alone every 10 iterations."""
 
     moe_lsh_gradient: LshGradient = "shared"
     """What gradient a row gets through its centroid. shared: the centroid's divided by its number
@@ -59,8 +59,9 @@ class LshOptions:
     backward wires and the experts then work on every row."""
 
     moe_lsh_scope: LshScope = "all"
-    """Which rows are clustered: all; remote, those that leave their rank; inter-node, those that
-    leave their node. The others are sent and computed one by one."""
+    """Which rows are clustered: all, which makes less work of the experts, too; remote, those that
+    leave their rank; inter-node, those that leave their node. The others are sent and computed one
+    by one."""
 
     moe_lsh_eval: bool = False
     """Cluster in evaluation, too. A centroid mixes positions, later ones included, so the loss of a

@@ -51,6 +51,8 @@ LEVELS = {
     "mcore.greedy_decoding": 5,
     "mcore.answers": 5,
     "mcore.entry": 6,
+    "mcore.own_script": 7,
+    "run": 7,
     "mcore.auto_method": 5,
     "mcore.dry_run": 5,
     "convert": 6,

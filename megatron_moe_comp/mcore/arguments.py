@@ -19,6 +19,11 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import arguments as megatron_arguments
 from megatron.training import get_args
 from megatron.training.argument_utils import ArgumentGroupFactory
+
+# By name: for other scripts, Megatron's own may have been replaced by one that comes here.
+from megatron.training.arguments import (
+    parse_and_validate_args as megatron_parse_and_validate_args,
+)
 from megatron.training.checkpointing import (
     checkpoint_exists,
     get_checkpoint_tracker_filename,
@@ -157,7 +162,7 @@ def plan_base_of_args(args: Namespace) -> CompressionConfig:
 
 
 def parse_and_validate_args(
-    *extra_args_providers: ArgsProvider,
+    *extra_args_providers: ArgsProvider, args_defaults: dict[str, Any] | None = None
 ) -> tuple[Namespace, CompressionConfig]:
     """Parses Megatron's flags and ours, and sets Megatron's global arguments.
 
@@ -165,13 +170,16 @@ def parse_and_validate_args(
 
     Args:
         extra_args_providers: applied to the parser after our own flags.
+        args_defaults: values of flags that were not given, as Megatron's function takes them.
 
     Raises:
         ValueError: see `compression_config_from_args` and `check_upcycling_args`.
     """
     provider = with_our_flags(*extra_args_providers)
     check_unvalidated(megatron_arguments.parse_args(provider))
-    args = megatron_arguments.parse_and_validate_args(extra_args_provider=provider)
+    args = megatron_parse_and_validate_args(
+        extra_args_provider=provider, args_defaults=args_defaults or {}
+    )
     return args, compression_config_from_args(args)
 
 
@@ -195,18 +203,22 @@ def parse_command(command: Sequence[str]) -> Namespace:
     """Returns what the flags of a command line say, with nothing validated, set or built.
 
     Args:
-        command: words up to and with one of the entry scripts, which may be torchrun's, and flags.
+        command: of an entry script, Megatron-LM's or ours, which may be torchrun's, with flags.
 
     Raises:
         ValueError: no entry script is named.
     """
     script = next((i for i, word in enumerate(command) if word.endswith(".py")), None)
     name = None if script is None else os.path.basename(command[script])
-    providers = {"pretrain_gpt_moe.py": (), "finetune_t5_moe.py": (add_t5_args,)}
+    providers = {
+        "pretrain_gpt_moe.py": (),
+        "finetune_t5_moe.py": (add_t5_args,),
+        "pretrain_gpt.py": (),  # Megatron-LM's own
+    }
     if name not in providers:
         raise ValueError(
             f"{' '.join(command[:3])}: which script the flags are for is not known. Write one of "
-            f"{' and '.join(providers)} before them."
+            f"{', '.join(providers)} before them."
         )
     before, sys.argv = sys.argv, list(command[script:])
     try:

@@ -2,7 +2,8 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,16 +27,21 @@ from megatron_moe_comp.mcore.upcycling import use_upcycling
 SPIKY_LOSS_FACTOR = 10
 
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+ForwardStep = Callable[..., Any]
 ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_args(*extra_args_providers: ArgsProvider) -> tuple[Namespace, CompressionConfig]:
+def parse_args(
+    *extra_args_providers: ArgsProvider, args_defaults: dict[str, Any] | None = None
+) -> tuple[Namespace, CompressionConfig]:
     """Returns Megatron's arguments and the compression's, on this machine with or without CUDA.
 
     With --dry-run, prints what the run would need and ends the process.
 
     Args:
         extra_args_providers: of the script's own flags.
+        args_defaults: values of Megatron's flags that were not given, as Megatron's parser takes
+            them.
 
     Raises:
         ValueError: options that do not go together, or not with this machine.
@@ -52,7 +58,7 @@ def parse_args(*extra_args_providers: ArgsProvider) -> tuple[Namespace, Compress
             print(message, flush=True)
     else:
         cpu_compat.repair_wheel()
-    return arguments.parse_and_validate_args(*providers)
+    return arguments.parse_and_validate_args(*providers, args_defaults=args_defaults)
 
 
 def train(
@@ -61,7 +67,7 @@ def train(
     model_config: GPTModelConfig,
     layer_names: list[str],
     datasets_provider: Callable[..., Any],
-    forward_step: Callable[..., Any],
+    forward_step: ForwardStep,
     **pretrain_kwargs: Any,  # noqa: ANN401
 ) -> None:
     """Trains with compressed MoE layers and reports what they sent.
@@ -74,6 +80,36 @@ def train(
         datasets_provider: as Megatron's `pretrain` takes it; every rank calls it.
         forward_step: as Megatron's `pretrain` takes it.
         pretrain_kwargs: further arguments of `pretrain`.
+    """
+    # Every rank calls it: the datasets know which ranks read.
+    datasets_provider.is_distributed = True
+    with compressed_training(args, compression, model_config, layer_names) as watched:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            watched(forward_step),
+            **pretrain_kwargs,
+        )
+    torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def compressed_training(
+    args: Namespace,
+    compression: CompressionConfig,
+    model_config: GPTModelConfig,
+    layer_names: list[str],
+) -> Iterator[Callable[[ForwardStep], ForwardStep]]:
+    """Has the model that is built and trained inside compress its all-to-alls; reports at the end.
+
+    Yields what gives the statistics sight of a `forward_step`, which it returns.
+
+    Args:
+        args: Megatron's arguments.
+        compression: options of the all-to-alls.
+        model_config: of the model; its MoE layers are replaced.
+        layer_names: of its layers, in the order of the MoE layers' numbers.
     """
     compression, decision = resolve_auto(args, compression)
     use_compressed_moe(model_config, compression, arguments.current_step)
@@ -88,23 +124,14 @@ def train(
     if args.upcycle_from is not None:
         use_upcycling(model_config, args.upcycle_from, arguments.checkpoint_to_load)
     model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
-    # Every rank calls it: the datasets know which ranks read.
-    datasets_provider.is_distributed = True
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            stats.watched(forward_step),
-            **pretrain_kwargs,
-        )
+        yield stats.watched
     except SystemExit as stop:
         # Megatron's orderly stops (a signal, a time or iteration limit) end in sys.exit(0).
         if stop.code in (None, 0):
             stats.finish()
         raise
     stats.finish()
-    torch.distributed.destroy_process_group()
 
 
 def loss_function(args: Namespace, loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:

@@ -1,6 +1,7 @@
 """Megatron's GPT pretraining without anything of ours but CPU host mode: the baseline of tests.
 
-Data, batches and loss are pretrain_gpt_moe.py's; layer spec, dispatcher and flags are stock.
+Data, batches and loss are pretrain_gpt_moe.py's; layer spec, dispatcher and flags are stock. What
+is below is in the shape of Megatron-LM's pretrain_gpt.py, and docs/migrating.md changes both alike.
 """
 
 from megatron.core.enums import ModelType
@@ -16,10 +17,15 @@ from pretrain_gpt_moe import datasets_provider, forward_step
 
 if __name__ == "__main__":
     cpu_compat.enable()
-    args = parse_and_validate_args(extra_args_provider=cpu_settings.add_settings)
     datasets_provider.is_distributed = True
+
+    args = parse_and_validate_args(
+        extra_args_provider=cpu_settings.add_settings,
+    )
+    model_cfg = gpt_config_from_args(args)
+    full_config = pretrain_cfg_container_from_args(args, model_cfg)
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        full_config,
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
