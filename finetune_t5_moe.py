@@ -30,7 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 from megatron_moe_comp.data.pairs import Pairs, read_pairs
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer
 from megatron_moe_comp.lsh_options import flag
-from megatron_moe_comp.mcore import arguments, entry
+from megatron_moe_comp.mcore import arguments, checkpoint_arguments, entry
 from megatron_moe_comp.mcore.answers import AnswerEvaluation
 from megatron_moe_comp.mcore.t5_batches import SAMPLE_KEYS, PairsDataset, T5Batch, trimmed
 from megatron_moe_comp.mcore.t5_model import T5MoEModel, t5_config_from_args
@@ -46,7 +46,7 @@ def main() -> None:
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
     args, compression = entry.parse_args(arguments.add_t5_args)
     options = arguments.t5_options_from_args(args)
-    arguments.check_t5_options_of_checkpoint(options)
+    checkpoint_arguments.check_t5_options_of_checkpoint(options)
     tokenizer = tokenizer_of(args)
     model_config = t5_config_from_args(args, options)
     answers = None

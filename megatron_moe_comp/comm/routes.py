@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codecs.identity import Identity
+from megatron_moe_comp.ops.segments import MAX_BITS
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -96,3 +100,22 @@ class Links:
         forward_bits, backward_bits = self.bits
         forward = route(forward_bits)
         return forward, forward if backward_bits is forward_bits else route(backward_bits)
+
+    def code_bytes(
+        self, bits: torch.Tensor, codec: Codec, plain: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the bytes of the encoded rows from each rank to each other, int64 [P, P].
+
+        Args:
+            bits: int64 [P, P], bits per value.
+            codec: of the rows that are not exchanged uncompressed.
+            plain: see `Route.of_rank`.
+            like: [any, H], for the rows' width and dtype.
+        """
+
+        def row_bytes(codec: Codec, num_bits: int) -> int:
+            sections = codec.sections(like.shape[1], like.dtype, num_bits)
+            return sum(section.row_bytes for section in sections)
+
+        bytes_of_bits = torch.tensor([row_bytes(codec, bits) for bits in range(MAX_BITS + 1)])
+        return self.rows * bytes_of_bits[bits].masked_fill(plain, row_bytes(Identity(), 0))

@@ -1,19 +1,17 @@
 """Our command-line flags, generated from CompressionConfig, and what is read back from Megatron.
 
-Together with the entry scripts this is the only module that sees Megatron's global arguments.
+Together with `checkpoint_arguments` and the entry scripts this is the only module that sees
+Megatron's global arguments.
 """
 
-import copy
-import io
 import os
 import sys
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import arguments as megatron_arguments
@@ -24,36 +22,12 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import (
     parse_and_validate_args as megatron_parse_and_validate_args,
 )
-from megatron.training.checkpointing import (
-    checkpoint_exists,
-    get_checkpoint_tracker_filename,
-    load_args_from_checkpoint,
-    read_metadata,
-)
 
 from megatron_moe_comp.codec_options import CodecOptions
 from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.lsh_options import LshOptions, flag
 from megatron_moe_comp.t5_options import T5Options
-
-LSH_STATE = "moe_lsh_state"
-AUTO_DECISION = "moe_a2a_auto_decision"
-NON_STRICT = ("log_unexpected", "log_all", "ignore_all")
-"""Values of --dist-ckpt-strictness that ask for what fits."""
-
-
-class CheckpointToLoad(NamedTuple):
-    """Where Megatron will find a checkpoint."""
-
-    option: str
-    """The flag that names `directory`."""
-    directory: str
-    iteration: int
-    is_release: bool
-    is_strict: bool
-    """Whether all of the model must be in the checkpoint, and all of it in the model."""
-
 
 ArgsProvider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -225,93 +199,6 @@ def parse_command(command: Sequence[str]) -> Namespace:
         return megatron_arguments.parse_args(with_our_flags(*providers[name]))
     finally:
         sys.argv = before
-
-
-def checkpoint_to_load() -> CheckpointToLoad | None:
-    """Returns the checkpoint that Megatron will load into the model, or None.
-
-    None, too, for what Megatron chooses among on its own: non-persistent checkpoints.
-    """
-    args = get_args()
-    if args.non_persistent_ckpt_type is not None or args.moe_use_upcycling:
-        return None
-    option, directory = "--load", args.load
-    if args.pretrained_checkpoint is not None and not checkpoint_exists(directory):
-        option, directory = "--pretrained-checkpoint", args.pretrained_checkpoint
-    is_strict = args.dist_ckpt_strictness not in NON_STRICT
-    return checkpoint_in(option, directory, args.ckpt_step, is_strict)
-
-
-def checkpoint_in(
-    option: str, directory: str | None, iteration: int | None = None, is_strict: bool = True
-) -> CheckpointToLoad | None:
-    """Returns the latest checkpoint in a directory, or that of an iteration, or None."""
-    latest, is_release = -1, False
-    if checkpoint_exists(directory):
-        latest, is_release = read_metadata(get_checkpoint_tracker_filename(directory))
-    iteration = iteration or latest
-    if directory is None or iteration == -1:
-        return None
-    return CheckpointToLoad(option, directory, iteration, is_release, is_strict)
-
-
-def lsh_state_of_checkpoint() -> list[dict[str, float]] | None:
-    """Returns the clustering's state in the checkpoint that training resumes, or None.
-
-    It travels with the arguments that Megatron saves in every checkpoint, so that stock Megatron
-    can load the checkpoint, too.
-    """
-    if get_args().finetune:
-        return None
-    return getattr(_args_of_checkpoint("load"), LSH_STATE, None)
-
-
-def auto_decision_of_checkpoint() -> dict[str, Any] | None:
-    """Returns what auto chose in the training that is resumed, or None; saved as lsh's state."""
-    if get_args().finetune:
-        return None
-    return getattr(_args_of_checkpoint("load"), AUTO_DECISION, None)
-
-
-def keep_auto_decision(decision: dict[str, Any]) -> None:
-    """Has the next checkpoints hold what auto chose."""
-    setattr(get_args(), AUTO_DECISION, decision)
-
-
-def _args_of_checkpoint(option: str) -> Namespace | None:
-    """Returns the arguments in the checkpoint that `option` names, or None."""
-    # What this takes over from them goes to a namespace that is dropped, and what Megatron prints
-    # about that would mislead.
-    with redirect_stdout(io.StringIO()):
-        found = load_args_from_checkpoint(copy.copy(get_args()), option)
-    return found[1] if isinstance(found, tuple) else None
-
-
-def check_t5_options_of_checkpoint(options: T5Options) -> None:
-    """Raises ValueError where a checkpoint to start from is of a T5 that computes otherwise.
-
-    The shapes of its weights do not tell; Megatron takes flags over for its own options alone.
-    """
-    for start in ("load", "pretrained_checkpoint", "upcycle_from"):
-        saved = _args_of_checkpoint(start)
-        for name in ("t5_activation", "t5_relative_positions"):
-            wanted = getattr(options, name)
-            has = getattr(saved, name, wanted)
-            if has != wanted:
-                raise ValueError(
-                    f"{flag(name)}={wanted}: {flag(start)} {getattr(get_args(), start)} was saved "
-                    f"with {has}. "
-                    + (
-                        f"Use {flag(name)}{'' if has is True else f' {has}'}."
-                        if has
-                        else "Drop it."
-                    )
-                )
-
-
-def keep_lsh_state(state: list[dict[str, float]]) -> None:
-    """Has the next checkpoints hold the clustering's state."""
-    setattr(get_args(), LSH_STATE, state)
 
 
 def current_step() -> TrainingStep:

@@ -10,7 +10,7 @@ from megatron.training.initialize import _initialize_distributed
 
 from megatron_moe_comp.comm.all_to_all import gather_over_ranks
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore import arguments
+from megatron_moe_comp.mcore import checkpoint_arguments
 from megatron_moe_comp.plan.cost_model import Machine
 from megatron_moe_comp.plan.measure import measure_machine
 from megatron_moe_comp.plan.methods import (
@@ -56,11 +56,11 @@ def resolve_auto(
         return config, None
     # As Megatron's own call, which finds everything in place and goes on.
     _initialize_distributed(None, None, None)
-    saved = arguments.auto_decision_of_checkpoint()
+    saved = checkpoint_arguments.auto_decision_of_checkpoint()
     decision = _measured_decision(args, config) if saved is None else _resumed(saved, config)
     # Ranks on unequal hosts may round differently, or see different files.
     method, chosen = gather_over_ranks((decision.config, decision.as_dict()))[0]
-    arguments.keep_auto_decision(chosen)
+    checkpoint_arguments.keep_auto_decision(chosen)
     return method, chosen
 
 

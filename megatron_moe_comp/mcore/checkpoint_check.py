@@ -27,7 +27,7 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import get_checkpoint_name
 
 from megatron_moe_comp.comm.all_to_all import gather_over_ranks, sum_over_ranks
-from megatron_moe_comp.mcore.arguments import CheckpointToLoad
+from megatron_moe_comp.mcore.checkpoint_arguments import CheckpointToLoad
 
 MAX_LINES = 10
 OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")

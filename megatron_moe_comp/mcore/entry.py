@@ -16,7 +16,13 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import is_rank0
 
 from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore import arguments, cpu_compat, cpu_settings, dry_run
+from megatron_moe_comp.mcore import (
+    arguments,
+    checkpoint_arguments,
+    cpu_compat,
+    cpu_settings,
+    dry_run,
+)
 from megatron_moe_comp.mcore.auto_method import resolve_auto
 from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
@@ -118,12 +124,14 @@ def compressed_training(
     LshAdaptation(
         compression,
         arguments.current_step,
-        arguments.lsh_state_of_checkpoint,
-        arguments.keep_lsh_state,
+        checkpoint_arguments.lsh_state_of_checkpoint,
+        checkpoint_arguments.keep_lsh_state,
     ).attach(model_config, len(layer_names))
     if args.upcycle_from is not None:
-        use_upcycling(model_config, args.upcycle_from, arguments.checkpoint_to_load)
-    model_config.post_wrap_hooks.append(partial(check_checkpoint, arguments.checkpoint_to_load))
+        use_upcycling(model_config, args.upcycle_from, checkpoint_arguments.checkpoint_to_load)
+    model_config.post_wrap_hooks.append(
+        partial(check_checkpoint, checkpoint_arguments.checkpoint_to_load)
+    )
     try:
         yield stats.watched
     except SystemExit as stop:

@@ -25,9 +25,7 @@ from megatron_moe_comp.compression.bit_allocation import (
     between_nodes,
     most_loaded,
 )
-from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import codec_of
-from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.random_stream import (
     ForwardPass,
     ForwardPassCounter,
@@ -36,7 +34,6 @@ from megatron_moe_comp.compression.random_stream import (
 )
 from megatron_moe_comp.config import WIRES, CompressionConfig, Wire
 from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
-from megatron_moe_comp.ops.segments import MAX_BITS
 
 SAMPLE_INTERVAL = 10
 """Iterations from one measurement of the quantization error to the next."""
@@ -294,22 +291,10 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
 
     def _count_load(self, wire: Wire, like: torch.Tensor, links: Links) -> None:
         """Counts the bytes of the rank that sends or receives most; the way back is the mirror."""
-        hidden_size, codec = like.shape[1], self._codecs[wire]
-        bits, target_bits = links.bits[wire.endswith("bwd")], self._compression.coding(wire).bits
-
-        def row_bytes(codec: Codec, num_bits: int) -> int:
-            sections = codec.sections(hidden_size, like.dtype, num_bits)
-            return sum(section.row_bytes for section in sections)
-
-        plain_bytes = row_bytes(Identity(), 0)
-        bytes_of_bits = torch.tensor([row_bytes(codec, bits) for bits in range(MAX_BITS + 1)])
-
-        def link_bytes(bits: torch.Tensor) -> torch.Tensor:
-            sizes = bytes_of_bits[bits].masked_fill(self.plain_links, plain_bytes)
-            return links.rows * sizes
-
-        as_float32 = links.pairs * 4 * hidden_size
-        loads = [as_float32, link_bytes(torch.full_like(bits, target_bits)), link_bytes(bits)]
+        codec, bits = self._codecs[wire], links.bits[wire.endswith("bwd")]
+        uniform = torch.full_like(bits, self._compression.coding(wire).bits)
+        loads = [links.pairs * 4 * like.shape[1]]
+        loads += [links.code_bytes(b, codec, self.plain_links, like) for b in (uniform, bits)]
         of_nodes = None
         if self._nodes is not None:
             of_nodes = [most_loaded(between_nodes(load, self._nodes)) for load in loads]

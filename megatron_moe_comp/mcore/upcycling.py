@@ -20,7 +20,7 @@ from megatron.training.models.dist_utils import build_virtual_pipeline_stages
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_moe_comp.comm.all_to_all import gather_over_ranks
-from megatron_moe_comp.mcore.arguments import CheckpointToLoad, checkpoint_in
+from megatron_moe_comp.mcore.checkpoint_arguments import CheckpointToLoad, checkpoint_in
 from megatron_moe_comp.mcore.checkpoint_check import (
     MAX_LINES,
     CheckpointPaths,

@@ -1,12 +1,10 @@
 import sys
-from argparse import Namespace
 from dataclasses import fields
 
 import pytest
 from megatron.training.arguments import parse_args
 
 from megatron_moe_comp.config import WIRES, CompressionConfig
-from megatron_moe_comp.mcore import arguments
 from megatron_moe_comp.mcore.arguments import (
     add_compression_args,
     add_upcycling_args,
@@ -124,55 +122,3 @@ def test_upcycling_is_one_starting_point(monkeypatch):
             ValueError, match=rf"--upcycle-from=dense: not with {option.split()[0]}, "
         ):
             check(f"--upcycle-from dense {option}")
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
-    return str(tmp_path)
-
-
-def test_checkpoint_to_load(monkeypatch, checkpoint, tmp_path):
-    def found(**changes):
-        args = Namespace(
-            **{
-                "load": None,
-                "pretrained_checkpoint": None,
-                "ckpt_step": None,
-                "non_persistent_ckpt_type": None,
-                "moe_use_upcycling": False,
-                "dist_ckpt_strictness": "assume_ok_unexpected",
-            }
-            | changes
-        )
-        monkeypatch.setattr(arguments, "get_args", lambda: args)
-        return arguments.checkpoint_to_load()
-
-    empty = str(tmp_path / "empty")
-    expected = arguments.CheckpointToLoad("--load", checkpoint, 12, False, True)
-    assert found() is None
-    assert found(load=empty) is None
-    assert found(load=checkpoint) == expected
-    assert found(load=checkpoint, ckpt_step=5) == expected._replace(iteration=5)
-    assert found(load=checkpoint, dist_ckpt_strictness="log_all") == expected._replace(
-        is_strict=False
-    )
-    assert found(load=checkpoint, non_persistent_ckpt_type="global") is None
-    assert found(load=checkpoint, pretrained_checkpoint=empty) == expected
-    pretrained = expected._replace(option="--pretrained-checkpoint")
-    assert found(load=empty, pretrained_checkpoint=checkpoint) == pretrained
-    assert found(pretrained_checkpoint=checkpoint) == pretrained
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    assert found(load=checkpoint) == expected._replace(iteration=0, is_release=True)
-
-
-@pytest.mark.parametrize(("finetune", "expected"), [(False, {"method": "none"}), (True, None)])
-def test_the_choice_of_auto_is_that_of_the_run_that_goes_on(monkeypatch, finetune, expected):
-    saved = Namespace()
-    monkeypatch.setattr(arguments, "get_args", lambda: saved)
-    arguments.keep_auto_decision({"method": "none"})
-    monkeypatch.setattr(arguments, "get_args", lambda: Namespace(finetune=finetune))
-    monkeypatch.setattr(arguments, "_args_of_checkpoint", lambda option: saved)
-    assert arguments.auto_decision_of_checkpoint() == expected
-    monkeypatch.setattr(arguments, "_args_of_checkpoint", lambda option: None)
-    assert arguments.auto_decision_of_checkpoint() is None

@@ -92,7 +92,7 @@ def disagreeing(rank):
         "_measured_decision": lambda *_: decided(
             MACHINE if rank == 0 else replace(MACHINE, far=Link(1e11))
         ),
-        "arguments": Namespace(
+        "checkpoint_arguments": Namespace(
             auto_decision_of_checkpoint=lambda: None, keep_auto_decision=kept.append
         ),
     }

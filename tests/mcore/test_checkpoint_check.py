@@ -30,7 +30,7 @@ def check(rank, directory, layout, changes, is_strict=True):
     from megatron.training.checkpointing import get_checkpoint_name
 
     from megatron_moe_comp.mcore import checkpoint_check
-    from megatron_moe_comp.mcore.arguments import CheckpointToLoad
+    from megatron_moe_comp.mcore.checkpoint_arguments import CheckpointToLoad
 
     models = build(make_config(layout, changes))
     checkpoint = CheckpointToLoad("--load", directory, ITERATION, False, is_strict)
@@ -163,7 +163,7 @@ def test_files_of_ranks(pools, tmp_path, saved, loaded, words):
 
 
 def nothing_to_load(rank, directory):
-    from megatron_moe_comp.mcore.arguments import CheckpointToLoad
+    from megatron_moe_comp.mcore.checkpoint_arguments import CheckpointToLoad
     from megatron_moe_comp.mcore.checkpoint_check import check_checkpoint
 
     models = build(make_config("ep2", {}))

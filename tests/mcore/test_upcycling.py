@@ -72,7 +72,7 @@ def save_dense(rank, directory, layout, changes, kind):
 def upcycle(rank, directory, layout, changes, resumed=None):
     """Returns the upcycled model's logits, what was printed, and which weights it copied."""
     from megatron_moe_comp.mcore import upcycling
-    from megatron_moe_comp.mcore.arguments import CheckpointToLoad
+    from megatron_moe_comp.mcore.checkpoint_arguments import CheckpointToLoad
 
     printed = []
     upcycling.print_rank_0 = printed.append
