@@ -154,6 +154,7 @@ def test_run_local_trains_and_reports():
     assert report["ratio_fp32"] >= 5.1
 
 
+@pytest.mark.slow
 def test_run_local_fine_tunes_t5():
     printed, report = run_local("t5", "--train-iters", "30", "--decode-samples", "8")
     before, _, after = printed.partition(" iteration       10/")

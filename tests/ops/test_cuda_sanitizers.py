@@ -12,7 +12,9 @@ from tests.cuda_emulation.run_cases import run
 pytestmark = pytest.mark.skipif(build.missing_tool() is not None, reason=str(build.missing_tool()))
 
 
-@pytest.mark.parametrize("sanitizer", ["plain", "address", "undefined", "thread"])
+@pytest.mark.parametrize(
+    "sanitizer", ["plain", "address", "undefined", pytest.param("thread", marks=pytest.mark.slow)]
+)
 def test_nothing_to_report(sanitizer, digests):
     end = run(sanitizer)
     assert end.returncode == 0, end.stderr[-5000:]
