@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fails unless the packages of the base image are still the ones in use and all kernels are compiled.
+# Fails unless the packages of the base image are still the ones in use and CUDA kernels are compiled.
 #   check_gpu.sh PYTHON KEPT      KEPT: what scripts/base_packages.py printed before the install
 set -euo pipefail
 python=$1 kept=$2

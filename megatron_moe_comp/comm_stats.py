@@ -43,19 +43,21 @@ class Column(IntEnum):
     """The same if all rows had the same bits."""
     LOAD = 16
     """The same as sent."""
-    NODE_LOAD_RAW = 17
-    """Bytes of the most loaded node of each pass, as float32; these three if there are several."""
-    NODE_LOAD_UNIFORM = 18
-    NODE_LOAD = 19
-    CLUSTERED_ROWS = 20
+    NODE_PASSES = 17
+    """Those of the passes whose ranks are on several nodes; the next three are of them."""
+    NODE_LOAD_RAW = 18
+    """Bytes of the most loaded node of each pass, as float32."""
+    NODE_LOAD_UNIFORM = 19
+    NODE_LOAD = 20
+    CLUSTERED_ROWS = 21
     """Rows that were clustered, those that stay on their rank included; in dispatch_fwd only."""
-    CENTROIDS = 21
+    CENTROIDS = 22
     """Centroids of them; in dispatch_fwd only."""
-    CLUSTERED_SQUARE = 22
+    CLUSTERED_SQUARE = 23
     """Sum of squares of the sampled clustered rows; in dispatch_fwd only."""
-    RESIDUAL_SQUARE = 23
+    RESIDUAL_SQUARE = 24
     """Sum of squares of them less their centroids; in dispatch_fwd only."""
-    FLOPS_SAVED = 24
+    FLOPS_SAVED = 25
     """Operations that experts did not do for rows that shared a centroid; in dispatch_fwd only."""
 
 
@@ -114,9 +116,9 @@ class CommStats:
             of_rank: as float32, if all rows had the same bits, and as sent.
             of_node: the same; None if all ranks are on one node.
         """
-        self._add(wire, {Column.PASSES: 1})
-        self._add(wire, dict(enumerate(of_rank, Column.LOAD_RAW)))
-        self._add(wire, dict(enumerate(of_node or (), Column.NODE_LOAD_RAW)))
+        for first, loads in ((Column.PASSES, of_rank), (Column.NODE_PASSES, of_node)):
+            if loads is not None:
+                self._add(wire, dict(enumerate((1, *loads), first)))
 
     def add_clusters(self, rows: int, centroids: int) -> None:
         """Counts rows that were clustered, and their centroids."""
@@ -162,9 +164,13 @@ class CommStats:
 
 
 def _squares(rows: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
-    """Returns the sums of squares of rows and of their error, float64 [2]."""
+    """Returns the sums of squares of rows and of their error, float64 [2].
+
+    Zeros where they are not finite: one such sample would make all later figures so.
+    """
     x = rows.detach().float()
-    return torch.stack((x.square().sum(), (x - approximation.float()).square().sum())).double()
+    sums = torch.stack((x.square().sum(), (x - approximation.float()).square().sum())).double()
+    return torch.where(sums.isfinite().all(), sums, 0.0)
 
 
 def summarize(
@@ -184,7 +190,9 @@ def summarize(
         "residual_norm", "expert_flops_saved"}, "wires": {wire: {"raw_bytes", "wire_bytes",
         "sqnr_db"}}, "layers": [{"layer", "name", and what is reported of all}]}. Bytes are of all
         ranks, except those of the most loaded rank, or node: what it sends to others or receives,
-        whichever is more, in one layer and micro-batch, over the four wires, without padding. A
+        whichever is more, in one layer and micro-batch, over the four wires; of rows alone, without
+        probabilities and padding; means over expert-parallel groups, of nodes over those on
+        several. A
         figure is None where nothing crossed a wire; sqnr_db also where nothing was sampled or
         lossless, mean_bits and rows_of_bits where the width is fixed, most_loaded_node where
         expert-parallel ranks share a node, lsh with other methods. Rows of lsh include those that
@@ -223,17 +231,22 @@ def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
         "rows_of_bits": {bits: rows for bits, rows in rows_of_bits.items() if rows}
         if coded_rows and has_bits
         else None,
-        "most_loaded_rank": _load(totals, Column.LOAD_RAW),
-        "most_loaded_node": _load(totals, Column.NODE_LOAD_RAW),
+        "most_loaded_rank": _load(totals, Column.PASSES),
+        "most_loaded_node": _load(totals, Column.NODE_PASSES),
         "lsh": _clusters(columns) if config.moe_a2a_compress == "lsh" else None,
         "wires": _wires(totals),
     }
 
 
-def _load(totals: torch.Tensor, first: Column) -> dict[str, float] | None:
-    """Returns the loads per pass from [wires, columns], summed over wires; None without any."""
-    passes = totals[:, Column.PASSES, None].clamp(min=1)
-    load = (totals[:, first : first + len(LOADS)] / passes).sum(dim=0)
+def _load(totals: torch.Tensor, passes: Column) -> dict[str, float] | None:
+    """Returns the loads per pass from [wires, columns], summed over wires; None without any.
+
+    Args:
+        totals: see above.
+        passes: the column before those of the loads.
+    """
+    num_passes, loads = totals[:, passes : passes + len(LOADS) + 1].split((1, len(LOADS)), dim=1)
+    load = (loads / num_passes.clamp(min=1)).sum(dim=0)
     return dict(zip(LOADS, load.tolist(), strict=True)) if load.any() else None
 
 

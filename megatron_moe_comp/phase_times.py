@@ -1,7 +1,7 @@
 """PhaseTimes: how long one layer's all-to-alls and experts take on one rank, phase by phase."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
@@ -32,7 +32,6 @@ class PhaseTimes:
         """Whether times are taken; a gradient's if they were when its operation ran."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._on_device: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
-        self._begun: Instant | None = None
 
     def start(self) -> None:
         """Takes times from here on."""
@@ -64,23 +63,33 @@ class PhaseTimes:
 
     def time_gradient(self, result: torch.Tensor, phase: Phase) -> None:
         """Makes the backward of the operation that returned `result` count as `phase`."""
-        if self.on and result.grad_fn is not None:
-            result.grad_fn.register_prehook(lambda _: self._begin(result.device))
-            result.grad_fn.register_hook(lambda *_: self._end(phase, result.device))
+        if not self.on or result.grad_fn is None:
+            return
+        # A hook that held `result`, which holds its node and so the hook, would never be freed.
+        device, begun = result.device, []
+        result.grad_fn.register_prehook(lambda _: begun.append(_now(device)))
+        result.grad_fn.register_hook(lambda *_: self._count(phase, begun.pop(), device))
 
-    def time_gradients(self, result: torch.Tensor, source: torch.Tensor, phase: Phase) -> None:
-        """Makes the backward of all that led from `source` to `result` count as `phase`."""
-        if self.on and result.requires_grad and source.requires_grad:
-            result.register_hook(lambda grad: self._begin(grad.device))
-            source.register_hook(lambda grad: self._end(phase, grad.device))
+    def time_gradients(
+        self, result: torch.Tensor, sources: Sequence[torch.Tensor], phase: Phase
+    ) -> None:
+        """Makes the backward of all that led from `sources` to `result` count as `phase`.
 
-    def _begin(self, device: torch.device) -> None:
-        self._begun = _now(device)
+        It ends with the first of the sources whose gradient goes on: autograd comes to what was
+        computed before them when it is through with what was computed after.
+        """
+        if not self.on or not result.requires_grad:
+            return
+        device, begun = result.device, []
 
-    def _end(self, phase: Phase, device: torch.device) -> None:
-        if self._begun is not None:
-            self._count(phase, self._begun, device)
-            self._begun = None
+        def end(_: torch.Tensor) -> None:
+            if begun:
+                self._count(phase, begun.pop(), device)
+
+        result.register_hook(lambda _: begun.append(_now(device)))
+        for source in sources:
+            if source.requires_grad:
+                source.register_hook(end)
 
     def _count(self, phase: Phase, begun: Instant, device: torch.device) -> None:
         ended = _now(device)

@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def follow(path: Path) -> None:
-    """Draws the file's state again and again until its last iteration is there."""
+    """Draws the file's state again and again until the training has ended in order."""
     records = read_records(path)
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
             live.update(view(records, datetime.now(UTC)), refresh=True)
-            if records and records[-1]["iteration"] >= records[-1]["train_iters"]:
+            if records and records[-1].get("ended"):
                 return
             time.sleep(REFRESH_S)
             records = read_records(path)
@@ -75,18 +75,20 @@ def read_records(path: Path) -> list[Record]:
             "as --moe-a2a-stats-jsonl."
         ) from error
     records: list[Record] = []
-    for number, line in enumerate(lines[:-1], 1):  # the last may still be written
+    for line in lines[:-1]:  # the last may still be written
         try:
             record = json.loads(line)
             iteration = record["iteration"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: is no record of a training. Name a file that was written "
-                "by --moe-a2a-stats-jsonl."
-            ) from error
+        except (ValueError, KeyError, TypeError):
+            continue  # what a killed process wrote of a line
         while records and records[-1]["iteration"] >= iteration:
             records.pop()
         records.append(record)
+    if len(lines) > 1 and not records:
+        raise ValueError(
+            f"{path}: holds no record of a training. Name a file that was written by "
+            "--moe-a2a-stats-jsonl."
+        )
     return records
 
 
@@ -124,7 +126,9 @@ def _progress(records: Sequence[Record], now: datetime) -> RenderableType:
         words += f"   {_duration(seconds)} each   {left} left"
         interval = done - records[-2]["iteration"] if len(records) > 1 else 0
         silent = now - datetime.fromisoformat(latest["time"])
-        if done < total and interval and silent.total_seconds() > OVERDUE * interval * seconds:
+        if latest.get("ended"):
+            words += "\nEnded."
+        elif interval and silent.total_seconds() > OVERDUE * interval * seconds:
             words += f"\nNo line for {timedelta(seconds=round(silent.total_seconds()))}."
     return Group(Text(words), ProgressBar(total=total, completed=done, width=80))
 

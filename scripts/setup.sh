@@ -48,7 +48,9 @@ is_current() {
 }
 
 shopt -s globstar nullglob
-wanted="$(cat pyproject.toml constraints.txt | sha256sum) $PWD"
+system_packages=
+[[ ${SYSTEM_PACKAGES:-} != 1 ]] || system_packages=--system-site-packages
+wanted="$(cat pyproject.toml constraints.txt | sha256sum) $PWD$system_packages"
 toolkit="$(command -v nvcc || true) ${CUDA_HOME:-} ${TORCH_CUDA_ARCH_LIST:-} ${CXX:-}"
 sources="$(cat setup.py kernels/**/*.{cpp,h,cu,cuh} | sha256sum) $toolkit $wanted"
 installed=.venv/.installed
@@ -68,10 +70,10 @@ if ! is_current $installed "$wanted"; then
     python=$(find_python)
     require_compiler
     echo "Installing into .venv with $python: PyTorch and Megatron, about 5 GB, a few minutes ..."
-    "$python" -m venv --clear ${SYSTEM_PACKAGES:+--system-site-packages} .venv
+    "$python" -m venv --clear ${system_packages:+"$system_packages"} .venv
     .venv/bin/python scripts/base_packages.py constraints.txt > .venv/constraints.txt
     # Set, not added to: images have constraints of their own, which need not agree with these.
-    export PIP_CONSTRAINT=$PWD/.venv/constraints.txt
+    export PIP_CONSTRAINT=.venv/constraints.txt # pip divides it at spaces
     .venv/bin/python -m pip install --quiet --upgrade "pip>=24"
     # The kernels are compiled against this torch; an isolated build would download another.
     .venv/bin/python -m pip install "setuptools>=77" "packaging>=24.2" ninja torch

@@ -17,6 +17,7 @@ def test_counters_add_up_by_wire():
     x = torch.tensor([[3.0, 4.0]])
     stats.add_error("combine_bwd", x, x + torch.tensor([[0.0, 1.0]]))
     stats.add_error("combine_bwd", x.bfloat16(), x.bfloat16())
+    stats.add_error("combine_bwd", torch.tensor([[math.inf, 1.0]]), x)  # does not count
     stats.add_rows("combine_bwd", 7, 5, [(3, 4), (1, 8)])
     stats.add_rows("combine_bwd", 2, 2, [(2, 4), (0, 2)])
     stats.add_load("combine_bwd", (1000, 200, 100))
@@ -36,6 +37,7 @@ def test_counters_add_up_by_wire():
         Column.LOAD_RAW: 1010,
         Column.LOAD_UNIFORM: 220,
         Column.LOAD: 130,
+        Column.NODE_PASSES: 1,
         Column.NODE_LOAD_RAW: 1,
         Column.NODE_LOAD_UNIFORM: 2,
         Column.NODE_LOAD: 3,
@@ -136,6 +138,7 @@ def test_loads_are_means_over_passes_summed_over_wires():
     totals[0, :, Column.LOAD_UNIFORM] = 40
     totals[:, :, Column.LOAD] = 20
     totals[0, :, Column.NODE_LOAD] = 40
+    totals[0, :, Column.NODE_PASSES] = 1  # other expert-parallel groups are within a node
     totals[0, 0, Column.ROWS_4_BITS] = 10
     totals[0, 1, Column.ROWS_5_BITS] = 10
     totals[0, :, Column.PAIRS], totals[0, :, Column.ROWS] = 12, 9
@@ -144,7 +147,7 @@ def test_loads_are_means_over_passes_summed_over_wires():
     assert loads[0] == {"float32_bytes": 600, "uniform_bytes": 60, "bytes": 30}
     assert loads[1] == {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 30}
     assert report["most_loaded_rank"] == {"float32_bytes": 300, "uniform_bytes": 30, "bytes": 30}
-    of_node = {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 60}
+    of_node = {"float32_bytes": 0, "uniform_bytes": 0, "bytes": 160}
     assert [layer["most_loaded_node"] for layer in report["layers"]] == [of_node, None]
     assert report["mean_bits"] == report["layers"][0]["mean_bits"] == 4.5
     assert report["rows_of_bits"] == {4: 10, 5: 10}

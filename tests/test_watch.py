@@ -83,8 +83,9 @@ def test_a_silent_run_is_said_to_be_silent():
     records = record(10), record(20)
     assert "No line for" not in drawn(*records, now=NOW + timedelta(seconds=10))
     assert "No line for 0:01:30." in drawn(*records, now=NOW + timedelta(seconds=60))
-    finished = record(90), record(100)
-    assert "No line for" not in drawn(*finished, now=NOW + timedelta(days=1))
+    ended = drawn(record(10), record(20, ended=True), now=NOW + timedelta(days=1))
+    assert "No line for" not in ended
+    assert "Ended." in ended
 
 
 @pytest.fixture
@@ -103,8 +104,8 @@ def test_what_was_repeated_after_a_stop_counts_once(path):
 
 
 def test_it_ends_with_the_training(path, capsys):
-    watch.main([str(path(record(50), record(100)))])
-    assert "iteration 100 of 100" in capsys.readouterr().out
+    watch.main([str(path(record(50), record(90, ended=True)))])
+    assert "iteration 90 of 100" in capsys.readouterr().out
 
 
 def test_once(path, capsys):
@@ -114,8 +115,13 @@ def test_once(path, capsys):
 
 @pytest.mark.parametrize("line", ["no JSON", "[1]", "{}"])
 def test_foreign_files_are_refused(path, line):
-    with pytest.raises(SystemExit, match=r"a2a.jsonl, line 2: .*--moe-a2a-stats-jsonl"):
-        watch.main(["--once", str(path(record(1), tail=line + "\n"))])
+    with pytest.raises(SystemExit, match=r"a2a.jsonl: holds no record .*--moe-a2a-stats-jsonl"):
+        watch.main(["--once", str(path(tail=line + "\n"))])
+
+
+def test_a_line_that_was_cut_off_is_left_out(path):
+    file = path(record(10), tail='{"iter\n' + json.dumps(record(20)) + "\n")
+    assert [r["iteration"] for r in watch.read_records(file)] == [10, 20]
 
 
 def test_a_missing_file_is_refused(tmp_path):

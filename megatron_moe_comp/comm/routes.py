@@ -4,6 +4,7 @@ Shapes: P ranks of the group.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -112,10 +113,20 @@ class Links:
             plain: see `Route.of_rank`.
             like: [any, H], for the rows' width and dtype.
         """
+        coded, uncompressed = (
+            _row_bytes(of, like.shape[1], like.dtype) for of in (codec, _IDENTITY)
+        )
+        return self.rows * torch.where(plain, uncompressed[0], coded[bits])
 
-        def row_bytes(codec: Codec, num_bits: int) -> int:
-            sections = codec.sections(like.shape[1], like.dtype, num_bits)
-            return sum(section.row_bytes for section in sections)
 
-        bytes_of_bits = torch.tensor([row_bytes(codec, bits) for bits in range(MAX_BITS + 1)])
-        return self.rows * bytes_of_bits[bits].masked_fill(plain, row_bytes(Identity(), 0))
+_IDENTITY = Identity()
+
+
+@cache
+def _row_bytes(codec: Codec, num_columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the bytes of an encoded row by its bits per value, int64 [MAX_BITS + 1]."""
+
+    def row_bytes(num_bits: int) -> int:
+        return sum(s.row_bytes for s in codec.sections(num_columns, dtype, num_bits))
+
+    return torch.tensor([row_bytes(num_bits) for num_bits in range(MAX_BITS + 1)])

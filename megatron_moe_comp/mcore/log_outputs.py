@@ -1,7 +1,9 @@
 """Where figures go besides the console: files that rank 0 writes, TensorBoard and W&B."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
@@ -14,13 +16,25 @@ def require_writable(option: str, path: str) -> None:
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("a"):
-            pass
+        with Path(path).open("a+b") as file:
+            if file.tell():  # a line that a killed process did not end would spoil the next
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
     except OSError as error:
         raise ValueError(
             f"{option}={path}: rank 0 must be able to write this file, but {error.strerror}. Name "
             "a file in a directory that you may write to."
         ) from error
+
+
+def write_file(option: str, path: str, text: str, mode: Literal["a", "w"]) -> None:
+    """Adds to, or replaces, the text of a file; says so where it cannot, for training to go on."""
+    try:
+        with Path(path).open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        print(f"{option}={path}: not written, {error.strerror}. Training goes on.", flush=True)
 
 
 def write_scalars(scalars: dict[str, float], iteration: int) -> None:

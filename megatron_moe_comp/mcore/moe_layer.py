@@ -112,7 +112,7 @@ class CompressedMoELayer(MoELayer):
             return super().routed_experts_compute(hidden_states, probs)
         with stats.timed("experts", hidden_states.device):
             output, bias = super().routed_experts_compute(hidden_states, probs)
-        stats.phases.time_gradients(output, hidden_states, "experts")
+        stats.phases.time_gradients(output, (hidden_states, probs), "experts")
         return output, bias
 
     def preprocess(

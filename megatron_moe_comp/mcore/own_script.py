@@ -57,7 +57,12 @@ def compressed(pretrain: Pretrain) -> tuple[Parse, Pretrain]:
         *rest: Any,  # noqa: ANN401
         **keywords: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        model = cfg_container.model
+        model = getattr(cfg_container, "model", None)
+        if not parsed:
+            raise ValueError(
+                "pretrain(): comes after parse_and_validate_args(), which knows the flags. Call "
+                "that first, as Megatron-LM's pretrain_gpt.py does."
+            )
         if not isinstance(model, GPTModelConfig):
             raise ValueError(
                 f"pretrain() was given {type(model).__name__} as configuration of the model: the "

@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.mcore.log_outputs import (
     require_writable,
+    write_file,
     write_histogram,
     write_panels,
     write_scalars,
@@ -52,7 +52,8 @@ class StatsLogger:
     "ranks", "iteration", "train_iters", "seconds_per_iteration", "loss", "phase_seconds": {phase:
     seconds} or None} and the report of `comm_stats.summarize` but for its layers, whose bytes are
     per iteration here. Seconds of phases are means over ranks, of one iteration in ten. SQNR is
-    that of the last measurement.
+    that of the last measurement. When training ends in order, the last record is written again with
+    {"ended": True}, or one of the iterations since.
 
     Args:
         compression: the options in use.
@@ -74,8 +75,12 @@ class StatsLogger:
         self._args = args
         self._layers: list[CompressedMoELayer] = []
         self._layer_names: list[str] = []
-        self._loss = torch.zeros(2)
+        self._loss = torch.zeros(2, dtype=torch.float64)
+        """The sum of the losses of this rank's tokens since the last record, and their number."""
+        self._is_timed = False
         self._timed_iterations = 0
+        self._iteration = 0
+        self._last: Record | None = None
         self._logged: dict[str, torch.Tensor] = {}
         self._logged_iteration: int | None = None
         self._clock: tuple[int, float] | None = None
@@ -105,22 +110,28 @@ class StatsLogger:
         model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
 
     def watched(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a forward step whose loss, of training, is in the records."""
+        """Returns a forward step whose "lm loss", of training, is in the records."""
 
         @wraps(forward_step)
         def step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             output, loss_function = forward_step(*args, **kwargs)
 
-            def watched_loss(*outputs: Any) -> Any:  # noqa: ANN401
-                loss, num_tokens, report = loss_function(*outputs)
+            def watched_loss(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+                result = loss_function(*args, **kwargs)
                 if torch.is_grad_enabled():
-                    sums = report["lm loss"].detach()
-                    self._loss = self._loss.to(sums.device) + sums
-                return loss, num_tokens, report
+                    self._add_loss(result)
+                return result
 
             return output, watched_loss
 
         return step
+
+    def _add_loss(self, result: Any) -> None:  # noqa: ANN401
+        """Adds what a loss function of Megatron's returns; other scripts' may return otherwise."""
+        report = result[-1] if isinstance(result, tuple) else None
+        sums = report.get("lm loss") if isinstance(report, dict) else None
+        if isinstance(sums, torch.Tensor) and sums.numel() == 2:
+            self._loss = self._loss.to(sums.device) + sums.detach().view(2)
 
     def _collect_layers(self, models: list[MegatronModule]) -> list[MegatronModule]:
         modules = (module for model in models for module in model.modules())
@@ -134,29 +145,27 @@ class StatsLogger:
         ranks cannot deadlock.
         """
         finalize_model_grads(*args, **kwargs)
-        iteration = self._step().iteration + 1
+        self._iteration = self._step().iteration + 1
+        self._timed_iterations += self._is_timed
         if self._clock is None:
-            self._logged_iteration = iteration - 1
-            self._clock = iteration, time.monotonic()
-        if iteration % self._args.log_interval == 0 and iteration > self._logged_iteration:
-            self._log_interval(iteration)
-        self._sample_phases(iteration)
-
-    def _sample_phases(self, iteration: int) -> None:
-        """Has the phases of the next iteration timed, or not, the first one never."""
-        sampled = iteration % SAMPLE_INTERVAL == 0
-        self._timed_iterations += sampled
+            self._logged_iteration = self._iteration - 1
+            self._clock = self._iteration, time.monotonic()
+        is_due = self._iteration % self._args.log_interval == 0
+        if is_due and self._iteration > self._logged_iteration:
+            self._log_interval()
+        # The first iteration of a process is never timed.
+        self._is_timed = self._iteration % SAMPLE_INTERVAL == 0
         for layer in self._layers:
-            if sampled:
+            if self._is_timed:
                 layer.stats.phases.start()
             else:
                 layer.stats.phases.on = False
 
     def _sums(self) -> dict[str, torch.Tensor]:
-        """Returns sums over ranks and since the start: a collective.
+        """Returns sums over ranks: a collective.
 
-        layers: CommStats' counters [layers, wires, columns]; phases: seconds of each; ranks;
-        loss: that of all tokens, and their number.
+        layers: CommStats' counters since the start, [layers, wires, columns]; phases: seconds of
+        each, since then, too; ranks; loss: see `_loss`.
         """
         layers = torch.zeros(len(self._layer_names), len(WIRES), len(Column), dtype=torch.float64)
         phases = torch.zeros(len(PHASES), dtype=torch.float64)
@@ -168,15 +177,12 @@ class StatsLogger:
         parts = summed.split([values.numel() for values in own.values()])
         return {name: p.view_as(own[name]) for name, p in zip(own, parts, strict=True)}
 
-    def _log_interval(self, iteration: int) -> None:
-        is_first = not self._logged
-        record = self._record(iteration)
-        if is_rank0():
-            if record["ratio_fp32"] is not None:
-                print(interval_line(record), flush=True)
-            if path := self._compression.moe_a2a_stats_jsonl:
-                with Path(path).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+    def _log_interval(self) -> None:
+        is_first, iteration = self._last is None, self._iteration
+        record = self._last = self._record()
+        if is_rank0() and record["ratio_fp32"] is not None:
+            print(interval_line(record), flush=True)
+        self._write_line(record)
         if record["ratio_fp32"] is not None:
             if is_first:
                 panels = {title: [PREFIX + n for n in names] for title, names in PANELS.items()}
@@ -185,9 +191,17 @@ class StatsLogger:
             write_scalars(scalars, iteration)
             write_histogram(f"{PREFIX}bits", record["rows_of_bits"] or {}, iteration)
 
-    def _record(self, iteration: int) -> Record:
+    def _write_line(self, record: Record) -> None:
+        path = self._compression.moe_a2a_stats_jsonl
+        if is_rank0() and path:
+            write_file("--moe-a2a-stats-jsonl", path, json.dumps(record) + "\n", "a")
+
+    def _record(self) -> Record:
         """Returns the figures since the last record."""
-        sums, now, iterations = self._sums(), time.monotonic(), iteration - self._logged_iteration
+        sums, now, iteration = self._sums(), time.monotonic(), self._iteration
+        iterations = iteration - self._logged_iteration
+        loss, tokens = sums.pop("loss").tolist()
+        self._loss.zero_()
         new = {name: values - self._logged.get(name, 0) for name, values in sums.items()}
         ranks = int(sums["ranks"])
         report = summarize(new["layers"].sum(dim=0)[None], {0: "all"}, self._compression)
@@ -200,7 +214,6 @@ class StatsLogger:
                 of_wire["sqnr_db"] = self._sqnr_db.get(wire)
             self._sqnr_db[wire] = of_wire["sqnr_db"]
         since, begun = self._clock
-        loss, tokens = new["loss"].tolist()
         record = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "setting": describe(self._compression),
@@ -233,11 +246,14 @@ class StatsLogger:
         names = {i + 1: self._layer_names[i] for i in moe_layers}
         report = summarize(totals[moe_layers], names, self._compression)
         report["auto"] = self._decision
+        if self._logged_iteration not in (None, self._iteration):
+            self._last = self._record()
+        if self._last is not None:
+            self._write_line(self._last | {"ended": True})
         if is_rank0():
             print_summary(report, self._compression)
-            if self._compression.moe_a2a_stats_json:
-                text = json.dumps(report, indent=2) + "\n"
-                Path(self._compression.moe_a2a_stats_json).write_text(text)
+            if path := self._compression.moe_a2a_stats_json:
+                write_file("--moe-a2a-stats-json", path, json.dumps(report, indent=2) + "\n", "w")
 
 
 def scalars_of(record: Record) -> dict[str, float]:

@@ -25,13 +25,14 @@ export MOE_HEAD=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" |
 export MOE_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MOE_RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
+[[ $SCRIPT == */* ]] || SCRIPT=${CODE:-.}/$SCRIPT # one of ours; others are named by their path
 container=()
 if [[ -n $IMAGE ]]; then
     container=(--container-image "$IMAGE" --container-mounts "$MOUNTS" --container-workdir "$PWD")
 fi
 mkdir -p "$MOE_LOGS"
 echo "Start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $SCRIPT $config $*"
-srun --kill-on-bad-exit=1 "${container[@]}" bash "${CODE:-.}/scripts/slurm/node.sh" "${CODE:-.}/$SCRIPT" \
+srun --kill-on-bad-exit=1 "${container[@]}" bash "${CODE:-.}/scripts/slurm/node.sh" "$SCRIPT" \
     "${configured[@]}" "${DATA[@]}" \
     --save "$RESULTS/checkpoints" --load "$RESULTS/checkpoints" --save-interval "$SAVE_INTERVAL" \
     --exit-signal-handler --tensorboard-dir "$RESULTS/tensorboard" \

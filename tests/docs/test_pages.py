@@ -1,4 +1,4 @@
-"""What the pages of the documentation name is there: files, flags, pages and their sections."""
+"""What the pages of the documentation name is there: files and flags."""
 
 import re
 from dataclasses import fields
@@ -33,12 +33,3 @@ def test_named_files_exist(page):
 def test_our_flags_exist(page):
     flags = {"--" + field.name.replace("_", "-") for field in fields(CompressionConfig)}
     assert set(OURS.findall(text_of(page))) <= flags
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_sections(page):
-    for target, anchor in re.findall(r"\]\(([\w-]+\.md)(?:#([\w-]+))?\)", text_of(page)):
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", (DOCS / target).read_text(), flags=re.MULTILINE)
-            slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
-            assert anchor in slugs, (target, anchor)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_moe_comp import run as runner
+from megatron_moe_comp.mcore import own_script
 from megatron_moe_comp.mcore.own_script import compressed
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import ROOT, STOCK, train
@@ -105,9 +106,16 @@ def test_the_runner_wants_a_script(script, message, monkeypatch):
         runner.main()
 
 
-def test_what_cannot_be_compressed_is_refused():
+def test_what_cannot_be_compressed_is_refused(monkeypatch):
     parse_and_validate_args, pretrain = compressed(lambda *_: None)
     with pytest.raises(ValueError, match="ignore_unknown_args: a mistyped flag"):
         parse_and_validate_args(ignore_unknown_args=True)
-    with pytest.raises(ValueError, match=r"was given NoneType .* Use gpt_config_from_args"):
+    with pytest.raises(ValueError, match=r"comes after parse_and_validate_args\(\)"):
         pretrain(SimpleNamespace(model=None), None, None, None)
+    options = SimpleNamespace(inprocess_restart=False), None
+    monkeypatch.setattr(own_script, "parse_args", lambda *_, **__: options)
+    parse_and_validate_args()
+    datasets = forward_step = lambda *_: None
+    for container in (SimpleNamespace(model=None), datasets):  # the latter in older scripts
+        with pytest.raises(ValueError, match=r"was given NoneType .* Use gpt_config_from_args"):
+            pretrain(container, None, None, forward_step)

@@ -86,6 +86,16 @@ def test_wandb_offline(only, tmp_path, monkeypatch):
     assert found["moe-a2a/bits/bins"] == [2.5, 3.5, 4.5, 5.5, 6.5]
 
 
+def test_a_line_that_was_cut_off_is_ended_before_others_follow(tmp_path):
+    path = tmp_path / "new/a2a.jsonl"
+    log_outputs.require_writable("--option", str(path))
+    assert path.read_text() == ""
+    path.write_text('{}\n{"iter')
+    for _ in range(2):
+        log_outputs.require_writable("--option", str(path))
+        assert path.read_text() == '{}\n{"iter\n'
+
+
 def test_ranks_without_writers_write_nothing(only):
     only()
     log_outputs.write_scalars({"a": 1.0}, 1)

@@ -1,4 +1,4 @@
-"""A template with IMAGE, srun replaced: which code runs, and where."""
+"""A template with IMAGE, srun replaced: which code runs, the image's or the user's, and where."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 # Says what the container would be and runs the rest here.
@@ -23,7 +25,8 @@ print("code", code_that_runs.__file__, "in", os.getcwd(), "flags", sys.argv[1:5]
 """
 
 
-def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path):
+@pytest.mark.parametrize("of_user", [False, True])
+def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path, of_user):
     checkout, image = tmp_path / "checkout", tmp_path / "image"
     for code in (checkout, image):
         shutil.copytree(ROOT / "scripts/slurm", code / "scripts/slurm")
@@ -38,6 +41,12 @@ def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path):
     (tmp_path / "bin/srun").chmod(0o755)
     template = checkout / "scripts/slurm/pretrain_gpt_moe.sbatch"
     template.write_text(template.read_text().replace("/opt/megatron_moe_comp", str(image)))
+    code = image
+    if of_user:
+        code = tmp_path / "own"
+        shutil.copytree(image, code)
+        own = f"SCRIPT={code}/pretrain_gpt_moe.py"
+        template.write_text(template.read_text().replace("SCRIPT=pretrain_gpt_moe.py", own))
     site = {"IMAGE": "/moe.sqsh"}
     site |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "tiny", "SLURM_JOB_NODELIST": "node0"}
     site |= {"MASTER_ADDR": "127.0.0.1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -51,9 +60,7 @@ def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path):
         text=True,
     )
     assert not done.returncode, done.stdout
-    assert (
-        f"code {image}/code_that_runs.py in {checkout} flags ['--num-layers', '2'," in done.stdout
-    )
+    assert f"code {code}/code_that_runs.py in {checkout} flags ['--num-layers', '2'," in done.stdout
     containers = [
         "--container-image /moe.sqsh",
         f"--container-mounts {checkout}:{checkout}",
