@@ -8,6 +8,7 @@ runs it; it is not seen on the page:
 """
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -28,7 +29,7 @@ TIMEOUT_S = 120
 BASH = [block for path in PAGES for block in blocks(path) if block.language == "bash"]
 RUN = [block for block in BASH if block.needs is None]
 MARKED = [block for block in BASH if block.needs is not None]
-OURS = ("megatron_moe_comp", "benchmarks", "docs", "scripts", "configs")
+OURS = ("megatron_moe_comp", "benchmarks", "docs", "scripts", "configs", "tests")
 name_of = lambda block: block.name  # noqa: E731
 
 
@@ -99,11 +100,23 @@ def test_scripts_modules_and_flags_exist(block):
         for word in words:
             path = word.rstrip(")")
             if path.split("/")[0] in OURS and "/" in path:
-                assert (ROOT / path).exists(), path
+                for file in expanded(path):
+                    assert (ROOT / file).exists(), file
         name, rest = program(words)
+        if name is not None and name.split(".")[0] in OURS:
+            assert importlib.util.find_spec(name), name
         flags = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
         if known := known_flags(name):
             assert flags <= known, flags - known
+
+
+def expanded(path):
+    """The words that the shell makes of one with braces."""
+    braces = re.fullmatch(r"(.*)\{(.*)\}(.*)", path)
+    if braces is None:
+        return [path]
+    before, choices, after = braces.groups()
+    return [before + choice + after for choice in choices.split(",")]
 
 
 def program(words):
