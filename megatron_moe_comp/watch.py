@@ -34,15 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Shows how a training goes: progress, loss, traffic and times.",
     )
     parser.add_argument(
-        "path", type=Path, help="file that the training was given as --moe-a2a-stats-jsonl"
+        "path",
+        type=Path,
+        help="file that the training was given as --moe-a2a-stats-jsonl, or a directory with an "
+        "a2a.jsonl: RESULTS of a job",
     )
     parser.add_argument("--once", action="store_true", help="draw once and end")
     options = parser.parse_args(argv)
     try:
+        path = options.path / "a2a.jsonl" if options.path.is_dir() else options.path
         if options.once:
-            Console().print(view(read_records(options.path), datetime.now(UTC)))
+            Console().print(view(read_records(path), datetime.now(UTC)))
         else:
-            follow(options.path)
+            follow(path)
     except ValueError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

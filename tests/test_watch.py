@@ -108,8 +108,10 @@ def test_it_ends_with_the_training(path, capsys):
     assert "iteration 90 of 100" in capsys.readouterr().out
 
 
-def test_once(path, capsys):
-    watch.main(["--once", str(path(record(50)))])
+@pytest.mark.parametrize("whole", [True, False])
+def test_once(path, capsys, whole):
+    file = path(record(50))
+    watch.main(["--once", str(file if whole else file.parent)])
     assert "iteration 50 of 100" in capsys.readouterr().out
 
 

@@ -172,7 +172,7 @@ class Outputs:
     def publish[M: AnyManifest](self, built: "Outputs", manifest: M) -> M:
         """Replace what the prefix holds by the files ``built``; the manifest with their sizes.
 
-        The cache goes too: its indices would cut the new tokens at the old documents' places.
+        The caches go too: their indices would cut the new tokens at the old documents' places.
         """
         files = sorted(built.prefix.parent.iterdir())
         manifest = dataclasses.replace(
@@ -186,6 +186,8 @@ class Outputs:
             self.bin(split).unlink(missing_ok=True)
             self.idx(split).unlink(missing_ok=True)
             self.pairs(split).unlink(missing_ok=True)
+            # Where Megatron keeps the indices without --data-cache-path.
+            shutil.rmtree(self.data_path(split) / "cache", ignore_errors=True)
         for path in files:
             os.replace(path, self.prefix.with_name(path.name))
         os.replace(built.manifest, self.manifest)

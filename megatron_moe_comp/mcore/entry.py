@@ -1,6 +1,8 @@
 """What the entry scripts share: the host mode, our additions to a training run, and the loss."""
 
+import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,7 +111,8 @@ def compressed_training(
 ) -> Iterator[Callable[[ForwardStep], ForwardStep]]:
     """Has the model that is built and trained inside compress its all-to-alls; reports at the end.
 
-    Yields what gives the statistics sight of a `forward_step`, which it returns.
+    Yields what gives the statistics sight of a `forward_step`, which it returns. An exception
+    inside ends the process at once.
 
     Args:
         args: Megatron's arguments.
@@ -139,6 +142,13 @@ def compressed_training(
         if stop.code in (None, 0):
             stats.finish()
         raise
+    except Exception:
+        # Not raised: a process waits for its data workers at its end, and with
+        # --exit-signal-handler those do not heed the signal that is to end them.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     stats.finish()
 
 

@@ -12,6 +12,16 @@ shift
 [[ -f $config ]] || { echo "$config: there is no such file of flags. Choose one of configs/." >&2 && exit 2; }
 mapfile -t configured < <(sed 's/#.*//' "$config" | xargs -n 1)
 
+if [[ -z $IMAGE && "$*" != *-path* && "$*" != *--mock-data* ]]; then
+    for ((i = 0; i + 1 < ${#DATA[@]}; i += 2)); do
+        [[ ${DATA[i]} == *-path || ${DATA[i]} == --tokenizer-model ]] || continue
+        [[ -e ${DATA[i + 1]} || -e ${DATA[i + 1]}.idx ]] && continue
+        echo "${DATA[i]} ${DATA[i + 1]}: is not there. Prepare it, or set DATA_PATH and TOKENIZER." >&2
+        exit 2
+    done
+    [[ -x $PYTHON ]] || { echo "$PYTHON: is not there. Run scripts/setup.sh, or set PYTHON." >&2 && exit 2; }
+fi
+
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a rank that waits for one that died ends
 export CUDA_DEVICE_MAX_CONNECTIONS=1     # Megatron overlaps communication and computing
@@ -20,7 +30,7 @@ if [[ -n $INTERFACE ]]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
 # What every node starts; see node.sh.
-export MOE_PYTHON=$PYTHON MOE_LOGS=$RESULTS/logs/${SLURM_RESTART_COUNT:-0}
+export MOE_PYTHON=$PYTHON MOE_LOGS=$RESULTS/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export MOE_HEAD=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MOE_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MOE_RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}

@@ -106,13 +106,15 @@ def test_sample_indices_of_other_tokens_are_cleared(code_directory, tmp_path):
     """Megatron would cut the new tokens at the old documents' places."""
     prefix = tmp_path / "code"
     prepared, _ = prepare_small(code_directory, prefix)
-    index = prepared.outputs.cache / "GPTDataset-train-sample_index.npy"
-    index.parent.mkdir()
-    index.write_bytes(b"")
+    # The latter is where they are without --data-cache-path.
+    caches = prepared.outputs.cache, prepared.outputs.data_path("train") / "cache"
+    for cache in caches:
+        cache.mkdir(parents=True)
+        (cache / "GPTDataset-train-sample_index.npy").touch()
     prepare_small(code_directory, prefix)
-    assert index.exists()
+    assert all(cache.exists() for cache in caches)
     prepare_small(code_directory, prefix, vocab_size=310)
-    assert not index.parent.exists()
+    assert not any(cache.exists() for cache in caches)
 
 
 @pytest.mark.parametrize("change", ["options", "input", "file lost", "file cut", "no manifest"])

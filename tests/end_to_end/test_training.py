@@ -164,3 +164,14 @@ def test_an_orderly_stop_still_reports(tmp_path):
     assert run.returncode == 0
     assert len(run.history()["lm loss"]) == 2
     assert "Total compression" in run.output
+
+
+@pytest.mark.slow
+def test_an_error_while_saving_ends_every_rank(tmp_path):
+    """With --exit-signal-handler data workers do not heed the signal that ends them."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/iter_0000006").touch()
+    saving = f"--save {tmp_path}/checkpoints --save-interval 100 --ckpt-format torch"
+    run = train(tmp_path, f"{BIRDMOE} {saving} --exit-signal-handler --num-workers 2")
+    assert run.returncode == 1
+    assert "NotADirectoryError" in run.output

@@ -107,7 +107,7 @@ class Job:
         script.write_text(of_this_site(template, data))
         config.write_text(f"# A tiny model.\n{flags}\n--num-workers 0 # no processes\n")
         words = ("sbatch", "--parsable", f"--output={self._log}", script, config)
-        self._id = slurm(*words, *options.split(), RESULTS=str(self.results), **SITE)
+        self.id = slurm(*words, *options.split(), RESULTS=str(self.results), **SITE)
 
     def output(self):
         return self._log.read_text() if self._log.exists() else ""
@@ -116,7 +116,7 @@ class Job:
         wait_for(lambda: self.output()[-3000:], condition)
 
     def shown(self):
-        return self._slurm("scontrol", "show", "job", self._id)
+        return self._slurm("scontrol", "show", "job", self.id)
 
     def state(self):
         return re.search(r"JobState=(\w+)", self.shown())[1]
@@ -142,7 +142,7 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(slurm, tmp_path):
     assert re.search(rf"successfully loaded checkpoint .* at iteration {saved}\b", text)
     for start in "01":
         for node in ("node0", "node1"):
-            logs = list((results / "logs" / start / node).rglob("stdout.log"))
+            logs = list((results / f"logs/{job.id}-{start}" / node).rglob("stdout.log"))
             assert len(logs) == 1, (start, node)
 
     whole = train(tmp_path, options, launch=launch).history()
@@ -165,7 +165,7 @@ def test_the_t5_template_trains_on_two_nodes(slurm, tmp_path):
     assert list(losses) == list(range(1, ITERATIONS_T5 + 1))
     assert losses[ITERATIONS_T5] < losses[1] - 1
     assert "lines of the test set | exact match" in job.output()
-    assert (job.results / "logs/0/node1").is_dir()
+    assert (job.results / f"logs/{job.id}-0/node1").is_dir()
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")

@@ -1,4 +1,4 @@
-"""A template with IMAGE, srun replaced: which code runs, the image's or the user's, and where."""
+"""What the templates start, srun replaced: the image's code or the user's; what they refuse."""
 
 import os
 import re
@@ -67,3 +67,34 @@ def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path, of_use
         f"--container-workdir {checkout}",
     ]
     assert re.findall("^--container.*", done.stdout, flags=re.MULTILINE) == containers
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"DATA_PATH": "data/none"}, r"-path data/none\S*: is not there. .*set DATA_PATH"),
+        (
+            {"DATA_PATH": "here", "TOKENIZER": "data/none.model"},
+            "--tokenizer-model data/none.model",
+        ),
+        ({"DATA_PATH": "here", "TOKENIZER": "here.idx"}, r"bin/python: .*scripts/setup.sh"),
+        ({"cwd": "scripts"}, "Submit from the root of the clone, not .*/scripts"),
+    ],
+)
+@pytest.mark.parametrize("template", ["pretrain_gpt_moe", "finetune_t5_moe"])
+def test_what_is_missing_is_said_before_anything_starts(tmp_path, template, changes, words):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "tiny.args").touch()
+    for name in ("here.idx", "here_train.jsonl", "here_valid.jsonl", "here_test.jsonl"):
+        (tmp_path / name).touch()
+    site = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "tiny", "SLURM_JOB_NODELIST": "node0"}
+    done = subprocess.run(
+        ["bash", tmp_path / f"scripts/slurm/{template}.sbatch", tmp_path / "tiny.args"],
+        check=False,
+        cwd=tmp_path / changes.get("cwd", ""),
+        env=os.environ | site | changes,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(words, done.stderr), done.stderr
