@@ -1,13 +1,15 @@
 """What the entry scripts share: the host mode, our additions to a training run, and the loss."""
 
+import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.enums import ModelType
@@ -143,13 +145,23 @@ def compressed_training(
             stats.finish()
         raise
     except Exception:
-        # Not raised: a process waits for its data workers at its end, and with
-        # --exit-signal-handler those do not heed the signal that is to end them.
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _end_process()
     stats.finish()
+
+
+def _end_process() -> NoReturn:
+    """Prints the exception and ends this process and its own at once.
+
+    Raised, it would have the process wait for its data workers, and with --exit-signal-handler
+    those do not heed the signal that is to end them.
+    """
+    traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's would raise in here
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
 
 
 def loss_function(args: Namespace, loss_mask: torch.Tensor, output: torch.Tensor) -> Loss:
