@@ -161,7 +161,8 @@ def check_unvalidated(args: Namespace) -> None:
     """Raises ValueError for our options that cannot work, before Megatron looks at its own."""
     check_upcycling_args(args)
     compression_config_from_args(args)
-    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+    trains = (args.train_iters or args.train_samples) and not args.skip_train
+    if trains and args.eval_interval is None and not args.full_validation:
         raise ValueError(
             "--eval-interval: is missing, and Megatron divides by it to know how many samples it "
             "evaluates. Add --eval-interval 1000, and --eval-iters 0 for no evaluation."

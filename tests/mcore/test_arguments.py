@@ -8,8 +8,10 @@ from megatron_moe_comp.config import WIRES, CompressionConfig
 from megatron_moe_comp.mcore.arguments import (
     add_compression_args,
     add_upcycling_args,
+    check_unvalidated,
     check_upcycling_args,
     compression_config_from_args,
+    with_our_flags,
 )
 
 MODEL = "--hidden-size 64 --num-experts 4 --moe-token-dispatcher-type alltoall"
@@ -122,3 +124,16 @@ def test_upcycling_is_one_starting_point(monkeypatch):
             ValueError, match=rf"--upcycle-from=dense: not with {option.split()[0]}, "
         ):
             check(f"--upcycle-from dense {option}")
+
+
+def test_training_needs_an_interval_of_evaluation(monkeypatch):
+    def check(options):
+        monkeypatch.setattr(sys, "argv", ["train", *f"{MODEL} {options}".split()])
+        check_unvalidated(parse_args(with_our_flags()))
+
+    for training in ("--train-iters 5", "--train-samples 5"):
+        with pytest.raises(ValueError, match=r"--eval-interval: is missing, .* Add --eval-int"):
+            check(training)
+        for option in ("--eval-interval 100", "--full-validation", "--skip-train"):
+            check(f"{training} {option}")
+    check("")
