@@ -192,12 +192,11 @@ def summarize(
         ranks, except those of the most loaded rank, or node: what it sends to others or receives,
         whichever is more, in one layer and micro-batch, over the four wires; of rows alone, without
         probabilities and padding; means over expert-parallel groups, of nodes over those on
-        several. A
-        figure is None where nothing crossed a wire; sqnr_db also where nothing was sampled or
-        lossless, mean_bits and rows_of_bits where the width is fixed, most_loaded_node where
-        expert-parallel ranks share a node, lsh with other methods. Rows of lsh include those that
-        stay on their rank; residual_norm is the norm of what centroids leave of rows over that of
-        the rows.
+        several. A figure is None where nothing crossed a wire; sqnr_db also where nothing was
+        sampled or lossless, mean_bits and rows_of_bits where the width is fixed, most_loaded_node
+        where expert-parallel ranks share a node, lsh with other methods. Rows of lsh include those
+        that stay on their rank; residual_norm is the norm of what centroids leave of rows over that
+        of the rows.
     """
     overall = totals.sum(dim=0)
     figures = _figures(overall, config)

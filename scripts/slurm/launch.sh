@@ -19,7 +19,10 @@ if [[ -z $IMAGE && "$*" != *-path* && "$*" != *--mock-data* ]]; then
         echo "${DATA[i]} ${DATA[i + 1]}: is not there. Prepare it, or set DATA_PATH and TOKENIZER." >&2
         exit 2
     done
-    [[ -x $PYTHON ]] || { echo "$PYTHON: is not there. Run scripts/setup.sh, or set PYTHON." >&2 && exit 2; }
+fi
+if [[ -z $IMAGE ]] && ! command -v "$PYTHON" > /dev/null; then
+    echo "$PYTHON: is not there. Run scripts/setup.sh, or set PYTHON." >&2
+    exit 2
 fi
 
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -78,6 +78,7 @@ def test_an_image_runs_its_own_code_on_the_data_of_the_checkout(tmp_path, of_use
             "--tokenizer-model data/none.model",
         ),
         ({"DATA_PATH": "here", "TOKENIZER": "here.idx"}, r"bin/python: .*scripts/setup.sh"),
+        ({"DATA_PATH": "here", "TOKENIZER": "here.idx", "PYTHON": "nopython"}, "nopython: is not"),
         ({"cwd": "scripts"}, "Submit from the root of the clone, not .*/scripts"),
     ],
 )
