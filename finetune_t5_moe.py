@@ -27,14 +27,14 @@ from megatron.core.tensor_parallel import broadcast_data
 from megatron.training import get_args, get_timers, print_rank_0, set_startup_timestamps
 from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 
-from megatron_moe_comp.data.pairs import Pairs, read_pairs
+from megatron_moe_comp.data.pairs.reader import Pairs, read_pairs
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer
-from megatron_moe_comp.lsh_options import flag
-from megatron_moe_comp.mcore import arguments, checkpoint_arguments, entry
-from megatron_moe_comp.mcore.answers import AnswerEvaluation
-from megatron_moe_comp.mcore.t5_batches import SAMPLE_KEYS, PairsDataset, T5Batch, trimmed
-from megatron_moe_comp.mcore.t5_model import T5MoEModel, t5_config_from_args
-from megatron_moe_comp.t5_options import T5Options
+from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.options.t5_options import T5Options
+from megatron_moe_comp.tasks.t5.batches import SAMPLE_KEYS, PairsDataset, T5Batch, trimmed
+from megatron_moe_comp.tasks.t5.evaluation import AnswerEvaluation
+from megatron_moe_comp.tasks.t5.model import T5MoEModel, t5_config_from_args
+from megatron_moe_comp.training import arguments, checkpoint_start, run
 
 SPLITS = {Split.train: "train", Split.valid: "valid", Split.test: "test"}
 MAX_NGRAM = 10
@@ -44,9 +44,9 @@ MAX_NGRAM = 10
 def main() -> None:
     """Parses the flags, builds the configuration and trains."""
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    args, compression = entry.parse_args(arguments.add_t5_args)
+    args, compression = run.parse_args(arguments.add_t5_args)
     options = arguments.t5_options_from_args(args)
-    checkpoint_arguments.check_t5_options_of_checkpoint(options)
+    checkpoint_start.check_t5_options_of_checkpoint(options)
     tokenizer = tokenizer_of(args)
     model_config = t5_config_from_args(args, options)
     answers = None
@@ -66,7 +66,7 @@ def main() -> None:
             )
     else:
         datasets_provider = partial(span_corruption_datasets, tokenizer)
-    entry.train(
+    run.train(
         args,
         compression,
         model_config,
@@ -209,7 +209,7 @@ def forward_step(
     answers: AnswerEvaluation | None,
     data_iterator: Iterator[dict[str, torch.Tensor]],
     model: T5MoEModel,
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], entry.Loss]]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], run.Loss]]:
     """Returns the model's output for the next micro-batch and the function of its loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -224,7 +224,7 @@ def forward_step(
         batch.decoder_mask,
         labels=batch.labels,
     )
-    return output, partial(entry.loss_function, get_args(), batch.decoder_mask)
+    return output, partial(run.loss_function, get_args(), batch.decoder_mask)
 
 
 if __name__ == "__main__":

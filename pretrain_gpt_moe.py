@@ -43,8 +43,8 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_moe_comp.lsh_options import flag
-from megatron_moe_comp.mcore import entry
+from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.training import run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -54,11 +54,11 @@ Batch = dict[str, torch.Tensor | None]
 def main() -> None:
     """Parses the flags, builds the configuration and trains."""
     set_startup_timestamps(program_start=PROGRAM_START, main_entry=time.time())
-    args, compression = entry.parse_args()
+    args, compression = run.parse_args()
     check_data_options(args)
     model_config = gpt_config_from_args(args)
     num_layers = model_config.transformer.num_layers
-    entry.train(
+    run.train(
         args,
         compression,
         model_config,
@@ -157,7 +157,7 @@ def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None) -> Batch:
 
 def forward_step(
     data_iterator: Iterator[Batch], model: GPTModel
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], entry.Loss]]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], run.Loss]]:
     """Returns the model's output for the next micro-batch and the function of its loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -170,7 +170,7 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(entry.loss_function, get_args(), batch["loss_mask"])
+    return output, partial(run.loss_function, get_args(), batch["loss_mask"])
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
+from megatron_moe_comp.options.codec_options import BITS_RANGE
 
 IMPLEMENTATIONS = ("compiled", "reference")
 REFERENCES = dict.fromkeys(("gaussian_pack", "cast_pack"), "_pack_reference")

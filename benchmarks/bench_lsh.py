@@ -37,8 +37,8 @@ from option_lists import names, numbers
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.compression.hash_families import HASHES
-from megatron_moe_comp.compression.lsh_state import max_coordinates
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.mcore.clustering_state import max_coordinates
+from megatron_moe_comp.options.config import CompressionConfig
 
 OPS = ("hadamard_hash", "dense_hash", "cluster_sum", "cluster_broadcast")
 IMPLEMENTATIONS = ("compiled", "reference")

@@ -14,8 +14,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_moe_comp.compression.hash_families import LshHash
-from megatron_moe_comp.compression.lsh_clustering import (
+from megatron_moe_comp.compression.clustering import (
     Clusters,
     Groups,
     centered,
@@ -23,9 +22,10 @@ from megatron_moe_comp.compression.lsh_clustering import (
     refined,
     shuffled,
 )
-from megatron_moe_comp.compression.lsh_state import LshState, Measurement
+from megatron_moe_comp.compression.hash_families import LshHash
 from megatron_moe_comp.compression.random_stream import RandomStream, random_words
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.mcore.clustering_state import LshState, Measurement
+from megatron_moe_comp.options.config import CompressionConfig
 
 NUM_EXPERTS, TOP_K = 8, 2
 FFN_FACTORS = {"gelu": 4.0, "swiglu": 2.75}

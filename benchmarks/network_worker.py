@@ -26,14 +26,14 @@ from namespaces import sent_bytes, set_rate
 
 import pretrain_gpt_moe
 from megatron_moe_comp.comm.all_to_all import gather_over_ranks
-from megatron_moe_comp.comm_stats import Column
 from megatron_moe_comp.compression.random_stream import TrainingStep
-from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore import arguments
-from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
+from megatron_moe_comp.mcore.dispatchers.counted import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
-from megatron_moe_comp.phase_times import PHASES
+from megatron_moe_comp.options.config import CompressionConfig
+from megatron_moe_comp.stats.comm_stats import Column
+from megatron_moe_comp.stats.phase_times import PHASES
+from megatron_moe_comp.training import arguments
+from megatron_moe_comp.training.clustering_adaptation import LshAdaptation
 
 Step = dict[str, Any]
 

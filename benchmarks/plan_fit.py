@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from methods import METHODS
 
-from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore.arguments import add_compression_args
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, Method, predict
 from megatron_moe_comp.plan.methods import method_of, stock_method
 from megatron_moe_comp.plan.shape import Layout, Model, Stack
 from megatron_moe_comp.report.network_results import rate_bits
+from megatron_moe_comp.training.arguments import add_compression_args
 
 Row = dict[str, Any]
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan import presets
 from megatron_moe_comp.plan.break_even import break_even_bandwidth
 from megatron_moe_comp.plan.cost_model import Link, Machine, Method

@@ -21,24 +21,24 @@ SOURCES = ("*.py", f"{PACKAGE}**/*.py", "benchmarks/*.py", "scripts/**/*")
 
 AREAS = {
     "Compression: methods, bits, wires, and what of Megatron they need": (
-        "megatron_moe_comp/codec_options.py",
-        "megatron_moe_comp/config.py",
+        "megatron_moe_comp/options/codec_options.py",
+        "megatron_moe_comp/options/config.py",
         "megatron_moe_comp/compression/",
         "megatron_moe_comp/mcore/layer_specs.py",
-        "megatron_moe_comp/mcore/token_dispatcher.py",
+        "megatron_moe_comp/mcore/dispatchers/compressed.py",
     ),
-    "Clustering": ("megatron_moe_comp/lsh_options.py",),
+    "Clustering": ("megatron_moe_comp/options/lsh_options.py",),
     "Starting a run: command line, machine, checkpoints": (
         "",  # whatever has no area of its own
     ),
     "T5 and JSONL files of pairs": (
         "finetune_t5_moe.py",
-        "megatron_moe_comp/t5_options.py",
+        "megatron_moe_comp/options/t5_options.py",
         "megatron_moe_comp/mcore/t5_",
-        "megatron_moe_comp/data/pairs.py",
+        "megatron_moe_comp/data/pairs/reader.py",
     ),
     "Preparing data": ("megatron_moe_comp/data/",),
-    "Converting a Hugging Face T5": ("megatron_moe_comp/convert/",),
+    "Converting a Hugging Face T5": ("megatron_moe_comp/tasks/t5/convert/",),
     "Planning": ("megatron_moe_comp/plan/",),
     "Reports": ("megatron_moe_comp/report/", "megatron_moe_comp/watch.py"),
     "Installing and submitting": ("setup.py", "scripts/"),

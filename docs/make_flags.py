@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe_comp.mcore import arguments, dry_run
-from megatron_moe_comp.mcore.cpu_settings import REFUSALS, SETTINGS
+from megatron_moe_comp.cpu_host.settings import REFUSALS, SETTINGS
+from megatron_moe_comp.training import arguments, dry_run
 
 PAGE = Path(__file__).parent / "flags.md"
 GENERATOR = "docs/make_flags.py"

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 -m megatron_moe_comp.run Megatron-LM/pretrain_gpt.py FLAGS ...
 
 The script is in the shape of Megatron-LM's pretrain_gpt.py and unchanged. Two names of Megatron are
-replaced in this process before it imports them; see `mcore/own_script.py`.
+replaced in this process before it imports them; see `training/megatron_lm_script.py`.
 """
 
 import runpy
@@ -22,7 +22,7 @@ def main() -> None:
     # As Python does for a script: what lies beside it, a checkout of Megatron, too, comes first.
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     # After that: it imports Megatron.
-    from megatron_moe_comp.mcore.own_script import replace_names
+    from megatron_moe_comp.training.megatron_lm_script import replace_names
 
     replace_names()
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -100,7 +100,7 @@ def view(records: Sequence[Record], now: datetime) -> RenderableType:
     """Returns what is shown of a training at a time.
 
     Args:
-        records: see `mcore.stats_logging.StatsLogger`; the latest is drawn, with earlier losses.
+        records: see `training.stats_logger.StatsLogger`; the latest is drawn, with earlier losses.
         now: with a time zone.
     """
     if not records:

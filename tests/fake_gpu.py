@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from megatron_moe_comp.comm import all_to_all
-from megatron_moe_comp.mcore import cpu_compat
-from megatron_moe_comp.mcore.cpu_replacements import with_cpu_device
+from megatron_moe_comp.cpu_host import patches
+from megatron_moe_comp.cpu_host.replacements import with_cpu_device
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = "megatron_moe_comp"
@@ -258,7 +258,7 @@ def fake_gpu(kernels: frozenset[str] = CUDA_KERNELS) -> Iterator[FakeGpu]:
 
 
 _EXCHANGE = all_to_all.exchange
-_FACTORIES = [p.target for p in cpu_compat.CPU_PATCHES if p.replace is with_cpu_device]
+_FACTORIES = [p.target for p in patches.CPU_PATCHES if p.replace is with_cpu_device]
 
 
 def _unwrapped(target: str) -> Any:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.t5_options import T5Options
+from megatron_moe_comp.options.codec_options import BITS_RANGE
+from megatron_moe_comp.options.config import CompressionConfig
+from megatron_moe_comp.options.t5_options import T5Options
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

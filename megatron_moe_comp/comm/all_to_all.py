@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from megatron_moe_comp.comm.exchange import Arrival, exchange
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.packet import Exact, Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import Wire
+from megatron_moe_comp.options.config import Wire
+from megatron_moe_comp.stats.comm_stats import CommStats
 
 _IDENTITY = Identity()
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_moe_comp.comm.all_to_all import Message, send
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.comm_stats import CommStats
+from megatron_moe_comp.stats.comm_stats import CommStats
 
 Resize = Callable[..., torch.Tensor]
 """Makes other rows of some rows."""

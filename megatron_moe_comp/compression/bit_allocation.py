@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.codec_options import BitPolicy
+from megatron_moe_comp.options.codec_options import BitPolicy
 
 
 def allocate_bits(

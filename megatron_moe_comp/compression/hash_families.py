@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.lsh_options import HashFamily
 from megatron_moe_comp.ops.lsh_hash import padded_size
 from megatron_moe_comp.ops.philox import random_halves
+from megatron_moe_comp.options.lsh_options import HashFamily
 
 
 class LshHash(ABC):

@@ -10,13 +10,13 @@
 ``options.py`` holds what the user can choose, ``pipeline.py`` runs the whole line, and
 ``prepare.py`` is the command: ``python -m megatron_moe_comp.data.prepare --help``.
 
-``making.py`` makes the files of a prefix once, for both pipelines.
+``rebuild.py`` makes the files of a prefix once, for both pipelines.
 
 For sequence-to-sequence training, pairs of an input and a target text, one JSON object a line:
 
-    glue.py             the tasks of GLUE as text, from local files; a command
-    function_tasks.py   functions of Python source and what is asked about them
-      -> pairs_pipeline.py  their split and tokenizer, and ``prepare_pairs.py`` is the command
+    pairs/glue.py       the tasks of GLUE as text, from local files; a command
+    pairs/function_tasks.py  functions of Python source and what is asked about them
+      -> pairs/pipeline.py  their split and tokenizer, and ``prepare_pairs.py`` is the command
     t5_tokenizer.py     T5's view of a SentencePiece model
-      -> pairs.py       a file of pairs as token ids in memory
+      -> pairs/reader.py  a file of pairs as token ids in memory
 """

@@ -23,15 +23,15 @@ from megatron_moe_comp.data import corpora, splits
 from megatron_moe_comp.data.corpora import BadDocument, Corpus, Document
 from megatron_moe_comp.data.encoding import AssignedText, encode_in_order
 from megatron_moe_comp.data.errors import PreparationError
-from megatron_moe_comp.data.making import (
+from megatron_moe_comp.data.options import PrepareOptions
+from megatron_moe_comp.data.outputs import Manifest, Outputs, SplitStatistics
+from megatron_moe_comp.data.rebuild import (
     CHANGED_WHILE_READ,
     Prepared,
     fingerprint_sources,
     log_to_stderr,
     make,
 )
-from megatron_moe_comp.data.options import PrepareOptions
-from megatron_moe_comp.data.outputs import Manifest, Outputs, SplitStatistics
 from megatron_moe_comp.data.tokenizer import (
     CONVENTIONS,
     DEFAULT_VOCAB_SIZE,

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from megatron_moe_comp.data.corpora import DIRECTORY_EXTENSIONS
 from megatron_moe_comp.data.errors import run_command
-from megatron_moe_comp.data.making import Prepared
 from megatron_moe_comp.data.options import PrepareOptions, default_workers
 from megatron_moe_comp.data.outputs import Manifest
 from megatron_moe_comp.data.pipeline import prepare
+from megatron_moe_comp.data.rebuild import Prepared
 from megatron_moe_comp.data.splits import parse_split
 from megatron_moe_comp.data.tokenizer import CONVENTIONS, DEFAULT_VOCAB_SIZE
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from megatron_moe_comp.data import splits
 from megatron_moe_comp.data.errors import run_command
-from megatron_moe_comp.data.function_tasks import TASKS
-from megatron_moe_comp.data.making import Prepared
-from megatron_moe_comp.data.pairs_pipeline import PairsManifest, PairsOptions, prepare_pairs
+from megatron_moe_comp.data.pairs.function_tasks import TASKS
+from megatron_moe_comp.data.pairs.pipeline import PairsManifest, PairsOptions, prepare_pairs
+from megatron_moe_comp.data.rebuild import Prepared
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
-from megatron_moe_comp.config import CompressionConfig
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
+from megatron_moe_comp.options.config import CompressionConfig
 
 Spec = ModuleSpec | TransformerBlockSubmodules
 

@@ -8,16 +8,16 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.random_stream import TrainingStep
-from megatron_moe_comp.config import CompressionConfig
-from megatron_moe_comp.mcore.counted_token_dispatcher import CountedAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.dedup_token_dispatcher import DedupAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.lsh_token_dispatcher import LshAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.dispatchers.centroids import LshAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.dispatchers.compressed import CompressedAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.dispatchers.counted import CountedAlltoAllTokenDispatcher
+from megatron_moe_comp.mcore.dispatchers.shared_rows import DedupAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.per_row_lsh_token_dispatcher import (
     PerRowLshAlltoAllTokenDispatcher,
 )
-from megatron_moe_comp.mcore.token_dispatcher import CompressedAlltoAllTokenDispatcher
+from megatron_moe_comp.options.config import CompressionConfig
+from megatron_moe_comp.stats.comm_stats import CommStats
 
 
 def _dispatcher_of(compression: CompressionConfig) -> type[CompressedAlltoAllTokenDispatcher]:

@@ -25,7 +25,7 @@ from megatron_moe_comp.comm.link_timing import (
     start_ranks,
     stop_ranks,
 )
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan import presets
 from megatron_moe_comp.plan.cost_model import Link, Machine
 from megatron_moe_comp.plan.measure import measure_machine
@@ -155,7 +155,7 @@ def subject_of(
     """Returns what the plan is for, from our own flags or from those of a Megatron command."""
     if command:
         # Importing Megatron takes 6 s, which nothing else here needs.
-        from megatron_moe_comp.mcore.arguments import parse_command, plan_base_of_args
+        from megatron_moe_comp.training.arguments import parse_command, plan_base_of_args
 
         args = parse_command(command)
         args.world_size = ranks

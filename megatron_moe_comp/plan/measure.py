@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import torch
 
-from megatron_moe_comp.codec_options import BITS_RANGE
 from megatron_moe_comp.comm.all_to_all import nodes_of_ranks
 from megatron_moe_comp.comm.link_timing import (
     Group,
@@ -17,6 +16,7 @@ from megatron_moe_comp.comm.link_timing import (
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
+from megatron_moe_comp.options.codec_options import BITS_RANGE
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine
 from megatron_moe_comp.plan.methods import stock_method
 from megatron_moe_comp.plan.operations import tokens_per_rank

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan.break_even import break_even_bandwidth, break_even_message
 from megatron_moe_comp.plan.cost_model import Machine, Method, Prediction
 from megatron_moe_comp.plan.methods import (

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_moe_comp.comm.all_to_all import Message, compressed_all_to_all
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.random_stream import RandomStream
+from megatron_moe_comp.stats.comm_stats import CommStats
 from tests.compression.variants import all_bits
 
 HIDDEN = 256

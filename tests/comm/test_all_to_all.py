@@ -10,7 +10,6 @@ from megatron_moe_comp.comm import all_to_all
 from megatron_moe_comp.comm.all_to_all import Message, compressed_all_to_all
 from megatron_moe_comp.comm.exchange import exchange
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.comm_stats import NUM_BITS, ROWS_OF_BITS, Column, CommStats
 from megatron_moe_comp.compression.codecs import CODECS as REGISTERED
 from megatron_moe_comp.compression.codecs.dithered import Dithered
 from megatron_moe_comp.compression.codecs.gaussian import Gaussian
@@ -18,7 +17,8 @@ from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import WIRES
+from megatron_moe_comp.options.config import WIRES
+from megatron_moe_comp.stats.comm_stats import NUM_BITS, ROWS_OF_BITS, Column, CommStats
 from tests.compression.variants import usual_bits
 from tests.gloo import watched_all_to_alls
 

@@ -5,7 +5,6 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron_moe_comp.codec_options import BitPolicy
 from megatron_moe_comp.compression.bit_allocation import (
     POLICIES,
     allocate_bits,
@@ -13,6 +12,7 @@ from megatron_moe_comp.compression.bit_allocation import (
     most_loaded,
     variance,
 )
+from megatron_moe_comp.options.codec_options import BitPolicy
 
 LIMITS = {"min_bits": 2, "max_bits": 8}
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_moe_comp.compression.hash_families import HASHES, CrossPolytope
-from megatron_moe_comp.lsh_options import HashFamily
 from megatron_moe_comp.ops.lsh_hash import HASH_BITS, own_keys
+from megatron_moe_comp.options.lsh_options import HashFamily
 
 FAMILIES = [name for name in HASHES if name != "random"]  # whose keys are fast-cross-polytope's
 HIDDEN = 24

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from megatron_moe_comp.data import corpora
 from megatron_moe_comp.data.errors import PreparationError
-from megatron_moe_comp.data.function_tasks import cut_at_line, find_functions
 from megatron_moe_comp.data.outputs import Outputs
-from megatron_moe_comp.data.pairs import read_pairs
-from megatron_moe_comp.data.pairs_pipeline import PairsOptions, prepare_pairs
+from megatron_moe_comp.data.pairs.function_tasks import cut_at_line, find_functions
+from megatron_moe_comp.data.pairs.pipeline import PairsOptions, prepare_pairs
+from megatron_moe_comp.data.pairs.reader import read_pairs
 from megatron_moe_comp.data.prepare import main as prepare_main
 from megatron_moe_comp.data.prepare_pairs import main
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer

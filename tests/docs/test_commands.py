@@ -143,7 +143,7 @@ def entry_flags():
     """Every flag of the entry scripts."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_moe_comp.mcore import arguments, dry_run
+    from megatron_moe_comp.training import arguments, dry_run
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     arguments.with_our_flags(arguments.add_t5_args, dry_run.add_dry_run_args)(parser)

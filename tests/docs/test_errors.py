@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 import error_messages
 import make_errors
 
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan.shape import Layout
 
 SAMPLE = """

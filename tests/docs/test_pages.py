@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

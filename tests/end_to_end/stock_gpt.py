@@ -12,15 +12,15 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_moe_comp.mcore import cpu_compat, cpu_settings
+from megatron_moe_comp.cpu_host import patches, settings
 from pretrain_gpt_moe import datasets_provider, forward_step
 
 if __name__ == "__main__":
-    cpu_compat.enable()
+    patches.enable()
     datasets_provider.is_distributed = True
 
     args = parse_and_validate_args(
-        extra_args_provider=cpu_settings.add_settings,
+        extra_args_provider=settings.add_settings,
     )
     model_cfg = gpt_config_from_args(args)
     full_config = pretrain_cfg_container_from_args(args, model_cfg)

@@ -9,7 +9,7 @@ from tests.end_to_end.runs import ENTRY, train
 
 SCRIPT = """
 import os, runpy
-from megatron_moe_comp.mcore import auto_method
+from megatron_moe_comp.training import auto_method
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine
 
 measure = auto_method.measure_machine

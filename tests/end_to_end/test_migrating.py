@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_moe_comp import run as runner
-from megatron_moe_comp.mcore import own_script
-from megatron_moe_comp.mcore.own_script import compressed
+from megatron_moe_comp.training import megatron_lm_script
+from megatron_moe_comp.training.megatron_lm_script import compressed
 from tests.end_to_end.forks import launch
 from tests.end_to_end.runs import ROOT, STOCK, train
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_compressed_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"comes after parse_and_validate_args\(\)"):
         pretrain(SimpleNamespace(model=None), None, None, None)
     options = SimpleNamespace(inprocess_restart=False), None
-    monkeypatch.setattr(own_script, "parse_args", lambda *_, **__: options)
+    monkeypatch.setattr(megatron_lm_script, "parse_args", lambda *_, **__: options)
     parse_and_validate_args()
     datasets = forward_step = lambda *_: None
     for container in (SimpleNamespace(model=None), datasets):  # the latter in older scripts

@@ -42,11 +42,11 @@ class Outcome:
 def initialize(rank, groups):
     from megatron.core import parallel_state
 
-    from megatron_moe_comp.mcore import cpu_compat
+    from megatron_moe_comp.cpu_host import patches
 
     logging.disable(logging.WARNING)
     sys.stdout = io.StringIO()
-    cpu_compat.enable()
+    patches.enable()
     parallel_state.initialize_model_parallel(**groups)
 
 
@@ -61,9 +61,9 @@ def train(rank, layout, options):
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from megatron_moe_comp.compression.random_stream import TrainingStep
-    from megatron_moe_comp.config import CompressionConfig
     from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
-    from megatron_moe_comp.mcore.lsh_adaptation import LshAdaptation
+    from megatron_moe_comp.options.config import CompressionConfig
+    from megatron_moe_comp.training.clustering_adaptation import LshAdaptation
 
     losses, norms = [], []
     config = transformer_config(layout)

@@ -111,9 +111,9 @@ def traced(rank, model, method, options, kernels):
 
 
 COUNTS = {"the dispatcher's event": 1}
-CLUSTERS = "lsh_clustering._of_sorted_keys: copy to the host"
+CLUSTERS = "clustering._of_sorted_keys: copy to the host"
 REFINED = COUNTS | {CLUSTERS: 2}
-PROBES = {"lsh_clustering.with_probes: index": 3, CLUSTERS: 3}
+PROBES = {"clustering.with_probes: index": 3, CLUSTERS: 3}
 CAPACITY = {"moe_expert_capacity_factor": 4.0}
 FP8 = {"moe_router_padding_for_quantization": True, "fp8": "hybrid", "fp8_recipe": "delayed"}
 BFLOAT16 = {"bf16": True, "params_dtype": torch.bfloat16}
@@ -173,13 +173,13 @@ CASES = {
         CAPACITY,
         "lsh",
         {"moe_lsh_scope": "inter-node", "moe_a2a_ranks_per_node": 2},
-        REFINED | {"lsh_token_dispatcher.dispatch_preprocess: _local_scalar_dense": 1},
+        REFINED | {"centroids.dispatch_preprocess: _local_scalar_dense": 1},
     ),
     "lsh, random": (
         {},
         "lsh",
         {"moe_lsh_hash": "random"},
-        COUNTS | {CLUSTERS: 1, "lsh_clustering.shuffled: nonzero": 1},
+        COUNTS | {CLUSTERS: 1, "clustering.shuffled: nonzero": 1},
     ),
     "per-row": ({}, "lsh", {"moe_lsh_gradient": "per-row"}, REFINED),
     "per-row, remote, in chunks": (

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_moe_comp import phase_times
+from megatron_moe_comp.stats import phase_times
 from tests.mcore.test_moe_layer import compressed, make_config, run
 
 METHODS = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_comp.comm_stats import Column
-from megatron_moe_comp.compression.lsh_state import Measurement
-from tests.mcore.test_lsh_token_dispatcher import (
+from megatron_moe_comp.mcore.clustering_state import Measurement
+from megatron_moe_comp.stats.comm_stats import Column
+from tests.mcore.dispatchers.test_centroids import (
     equal_experts,
     forward,
     lsh,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe_comp.config import CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.plan.break_even import break_even_bandwidth, break_even_message
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, predict
 from megatron_moe_comp.plan.methods import method_of, stock_method

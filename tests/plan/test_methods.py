@@ -7,10 +7,9 @@ import torch.distributed as dist
 
 from megatron_moe_comp.comm.all_to_all import Message, send
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.comm_stats import CommStats
 from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import WIRES, CompressionConfig
+from megatron_moe_comp.options.config import WIRES, CompressionConfig
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, Prediction, predict
 from megatron_moe_comp.plan.methods import (
     choose,
@@ -20,6 +19,7 @@ from megatron_moe_comp.plan.methods import (
     stock_method,
 )
 from megatron_moe_comp.plan.shape import Layout, Model, Stack
+from megatron_moe_comp.stats.comm_stats import CommStats
 
 AUTO = CompressionConfig(moe_a2a_compress="auto")
 ROWS = 24  # from a rank to each

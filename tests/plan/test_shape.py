@@ -1,8 +1,8 @@
 import pytest
 
-from megatron_moe_comp.mcore.arguments import parse_command
 from megatron_moe_comp.plan.operations import tokens_per_rank, weights_per_rank
 from megatron_moe_comp.plan.shape import Layout, Stack, layout_of_args, model_of_args
+from megatron_moe_comp.training.arguments import parse_command
 
 GPT = """
     torchrun --nproc-per-node 8 /somewhere/pretrain_gpt_moe.py --num-layers 6 --hidden-size 64

@@ -14,7 +14,7 @@ from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.codecs.shapeshifter import Shapeshifter
 from megatron_moe_comp.compression.codecs.terngrad import TernGrad
 from megatron_moe_comp.compression.codecs.topk import TopK
-from megatron_moe_comp.config import CompressionConfig, Wire
+from megatron_moe_comp.options.config import CompressionConfig, Wire
 
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec

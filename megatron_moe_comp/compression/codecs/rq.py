@@ -11,7 +11,7 @@ from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.op_segments import filled, flat
 from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.config import ScalePer
+from megatron_moe_comp.options.config import ScalePer
 
 
 @dataclass(frozen=True)
