@@ -29,7 +29,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 
 from megatron_moe_comp.data.pairs.reader import Pairs, read_pairs
 from megatron_moe_comp.data.t5_tokenizer import T5Tokenizer
-from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.options.checks import flag
 from megatron_moe_comp.options.t5_options import T5Options
 from megatron_moe_comp.tasks.t5.batches import SAMPLE_KEYS, PairsDataset, T5Batch, trimmed
 from megatron_moe_comp.tasks.t5.evaluation import AnswerEvaluation

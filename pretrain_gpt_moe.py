@@ -43,7 +43,7 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.options.checks import flag
 from megatron_moe_comp.training import run
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megatron_moe_comp import watch
-from megatron_moe_comp.options.config import WIRES
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.stats.comm_stats import LOADS
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

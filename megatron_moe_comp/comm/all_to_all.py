@@ -17,7 +17,7 @@ from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.packet import Exact, Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.options.config import Wire
+from megatron_moe_comp.compression.wires import Wire
 from megatron_moe_comp.stats.comm_stats import CommStats
 
 _IDENTITY = Identity()

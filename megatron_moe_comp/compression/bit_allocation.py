@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from megatron_moe_comp import ops
-from megatron_moe_comp.options.codec_options import BitPolicy
 
 
 def allocate_bits(
     num_rows: torch.Tensor,
-    policy: BitPolicy,
+    policy: str,
     *,
     target_bits: int,
     min_bits: int,
@@ -67,7 +66,7 @@ def optimal(num_rows: torch.Tensor, target_bits: int, min_bits: int, max_bits: i
     return ops.allocate_bits(num_rows, target_bits, min_bits, max_bits)
 
 
-POLICIES: Mapping[BitPolicy, Callable[[torch.Tensor, int, int, int], torch.Tensor]] = {
+POLICIES: Mapping[str, Callable[[torch.Tensor, int, int, int], torch.Tensor]] = {
     "uniform": uniform,
     "proportional": proportional,
     "optimal": optimal,

@@ -24,6 +24,8 @@ class Codec(ABC):
     """The fewest and most bits per value; None: fixed by the format, whatever is asked for."""
     kernels: ClassVar[tuple[str, ...]] = ()
     """The ops that encode and decode; none: operations of torch."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The codec's fields that the flags --moe-a2a-FIELD set."""
 
     @abstractmethod
     def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:

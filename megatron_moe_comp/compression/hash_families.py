@@ -5,13 +5,13 @@ of the seed, and no part of a checkpoint.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 
 from megatron_moe_comp import ops
 from megatron_moe_comp.ops.lsh_hash import padded_size
 from megatron_moe_comp.ops.philox import random_halves
-from megatron_moe_comp.options.lsh_options import HashFamily
 
 
 class LshHash(ABC):
@@ -24,6 +24,9 @@ class LshHash(ABC):
         seed: 32-bit seed of the run.
         layer: number of the layer.
     """
+
+    default_hash_dim: ClassVar[int] = 16
+    """Coordinates of one hash function; 16 give a cross-polytope hash 32 values."""
 
     def __init__(
         self, hidden_size: int, max_coordinates: int, hash_dim: int, *, seed: int, layer: int
@@ -91,13 +94,15 @@ class CrossPolytope(LshHash):
 class Spherical(CrossPolytope):
     """The sides of random hyperplanes that a row is on; a hash function is `hash_dim` of them."""
 
+    default_hash_dim: ClassVar[int] = 5
+
     def _hash(
         self, rows: torch.Tensor, rotation: torch.Tensor, num_coordinates: int
     ) -> torch.Tensor:
         return ops.dense_hash(rows, rotation, num_coordinates, 1)
 
 
-HASHES: dict[HashFamily, type[LshHash]] = {
+HASHES: dict[str, type[LshHash]] = {
     "fast-cross-polytope": FastCrossPolytope,
     "cross-polytope": CrossPolytope,
     "spherical": Spherical,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_moe_comp.compression.wires import WIRES, Wire
 from megatron_moe_comp.ops.philox import philox4x32
-from megatron_moe_comp.options.config import WIRES, Wire
 
 _LAYER_BITS, _WIRE_BITS, _PASS_BITS = 13, 2, 16
 MAX_LAYERS = 1 << _LAYER_BITS

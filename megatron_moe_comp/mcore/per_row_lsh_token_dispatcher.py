@@ -12,8 +12,8 @@ import torch
 from megatron_moe_comp.comm.per_row_all_to_all import Resize, per_row_all_to_all
 from megatron_moe_comp.comm.routes import Links, Route
 from megatron_moe_comp.compression.clustering import Clusters
+from megatron_moe_comp.compression.wires import Wire
 from megatron_moe_comp.mcore.dispatchers.centroids import ClusteredRows, LshAlltoAllTokenDispatcher
-from megatron_moe_comp.options.config import Wire
 
 
 class PerRowLshAlltoAllTokenDispatcher(LshAlltoAllTokenDispatcher):

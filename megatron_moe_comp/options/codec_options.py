@@ -4,37 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
-from megatron_moe_comp.options.lsh_options import flag, require_choice
+from megatron_moe_comp.compression.bit_allocation import POLICIES
+from megatron_moe_comp.compression.codecs import CODECS
+from megatron_moe_comp.options.checks import flag, require_choice
 
-CodecName = Literal[
-    "identity",
-    "rq",
-    "dithered",
-    "gaussian",
-    "lq",
-    "pwlq",
-    "shapeshifter",
-    "terngrad",
-    "topk",
-    "bf16",
-    "fp16",
-    "int8",
-    "fp8",
-    "mxfp8",
-]
-Method = Literal["none", "auto", "birdmoe", "lsh", CodecName]
-BitPolicy = Literal["uniform", "proportional", "optimal"]
+CodecName = Literal[tuple(CODECS)]
+Method = Literal[("none", "auto", "birdmoe", "lsh", *CODECS)]
+BitPolicy = Literal[tuple(POLICIES)]
 
 DEFAULT_BITS = 6
-BITS_RANGE = {
-    "rq": (2, 8),
-    "dithered": (2, 8),
-    "gaussian": (2, 4),
-    "lq": (2, 8),
-    "pwlq": (3, 8),
-    "shapeshifter": (2, 8),
-    "topk": (2, 8),
-}
+BITS_RANGE = {name: codec.num_bits_range for name, codec in CODECS.items() if codec.num_bits_range}
 """Fewest and most bits per value of the codecs whose width can be chosen."""
 
 BIRDMOE_CODECS: dict[int, tuple[CodecName, CodecName]] = {

@@ -8,16 +8,16 @@ A value is refused here and not by argparse, whose messages do not say what to d
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from megatron_moe_comp.compression.codec import Codec
+from megatron_moe_comp.compression.codecs import CODECS
+from megatron_moe_comp.compression.codecs.identity import Identity
+from megatron_moe_comp.compression.codecs.rq import ScalePer
+from megatron_moe_comp.compression.wires import WIRES, Wire
+from megatron_moe_comp.options.checks import flag, require_choice
 from megatron_moe_comp.options.codec_options import DEFAULT_BITS, CodecOptions, Coding
-from megatron_moe_comp.options.lsh_options import LshOptions, flag, require_choice
+from megatron_moe_comp.options.lsh_options import LshOptions
 from megatron_moe_comp.options.model_rules import DEDUP_RULES, LSH_RULES, MODEL_RULES
 
-Wire = Literal["dispatch_fwd", "combine_fwd", "combine_bwd", "dispatch_bwd"]
-"""The four all-to-alls of an MoE layer and training step, named as Megatron names its hooks."""
-
-WIRES: tuple[Wire, ...] = get_args(Wire)
-
-ScalePer = Literal["row", "chunk"]
 Scope = Literal["remote", "inter-node"]
 
 AUTO_MIN_BITS = 6
@@ -105,15 +105,17 @@ class CompressionConfig(CodecOptions, LshOptions):
                 "experts share a row. Drop the option, or use another method."
             )
         per_chunk = self.moe_a2a_scale_per == "chunk"
-        if per_chunk and codecs != {"rq"}:
-            other = next(name for name in sorted(codecs) if name != "rq")
+        others = [name for name in sorted(codecs) if "scale_per" not in CODECS[name].options]
+        is_segment_wide = any(CODECS[name]().is_segment_wide for name in codecs)
+        if per_chunk and others:
+            other = others[0]
             is_birdmoe = self.moe_a2a_compress == "birdmoe"
             remedy = "--moe-a2a-codec=rq" if is_birdmoe else "--moe-a2a-compress=birdmoe or rq"
             raise ValueError(
                 f"--moe-a2a-scale-per=chunk: {method}, which encodes with {other}, does not choose "
                 f"what shares a scale. Drop the option, or use {remedy}."
             )
-        if self.moe_a2a_chunks > 1 and (per_chunk or "lq" in codecs):
+        if self.moe_a2a_chunks > 1 and (per_chunk or is_segment_wide):
             cause = "--moe-a2a-scale-per=chunk" if per_chunk else method
             remedy = "--moe-a2a-scale-per=row" if per_chunk else "another method"
             raise ValueError(
@@ -199,3 +201,11 @@ class CompressionConfig(CodecOptions, LshOptions):
                 f"--moe-lsh-hash-dim={self.moe_lsh_hash_dim}: a row of {option}={size} has no more "
                 f"than {size} independent coordinates. Use 1 to {size}."
             )
+
+
+def codec_of(config: CompressionConfig, wire: Wire) -> Codec:
+    """Returns what encodes the rows of a wire."""
+    if wire not in config.moe_a2a_wires:
+        return Identity()
+    codec = CODECS[config.coding(wire).codec]
+    return codec(**{option: getattr(config, f"moe_a2a_{option}") for option in codec.options})

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-HashFamily = Literal["fast-cross-polytope", "cross-polytope", "spherical", "random"]
+from megatron_moe_comp.compression.hash_families import HASHES
+from megatron_moe_comp.options.checks import flag, require_choice
+
+HashFamily = Literal[tuple(HASHES)]
 Residual = Literal["none", "identity", "fitted"]
 LshGradient = Literal["shared", "per-row"]
 LshScope = Literal["all", "remote", "inter-node"]
 
 DEFAULT_NUM_HASHES = 6
-DEFAULT_HASH_DIM = {"spherical": 5}
-OTHER_HASH_DIM = 16
-"""16 coordinates give a cross-polytope hash 32 values, as 5 hyperplanes give a spherical one."""
 DEFAULT_RATE = 0.2
 MAX_HASHES = 64
 MAX_REFINEMENTS = 16
@@ -119,7 +119,7 @@ class LshOptions:
         if self.moe_lsh_refine is None:
             object.__setattr__(self, "moe_lsh_refine", int(self.moe_lsh_hash != "random"))
         if self.moe_lsh_hash_dim is None:
-            size = DEFAULT_HASH_DIM.get(self.moe_lsh_hash, OTHER_HASH_DIM)
+            size = HASHES[self.moe_lsh_hash].default_hash_dim
             object.__setattr__(self, "moe_lsh_hash_dim", size)
 
     def _refuse_lsh(self, method: str) -> None:
@@ -132,16 +132,3 @@ class LshOptions:
                     f"--moe-a2a-compress={method} does not cluster rows. Drop the option, or use "
                     "--moe-a2a-compress=lsh."
                 )
-
-
-def flag(name: str) -> str:
-    """Returns the command-line flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where `value` is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(
-            f"{flag(name)}={value}: not one of {', '.join(choices)}. Choose one of these."
-        )

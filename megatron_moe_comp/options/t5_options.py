@@ -6,7 +6,7 @@ A field is a command-line flag; its docstring is the flag's help text.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_moe_comp.options.lsh_options import require_choice
+from megatron_moe_comp.options.checks import require_choice
 
 Task = Literal["seq2seq", "span-corruption"]
 Activation = Literal["relu", "geglu"]

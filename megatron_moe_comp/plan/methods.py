@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_moe_comp.compression.codec import Codec
-from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.packet import Exact, Packet, Peer
+from megatron_moe_comp.compression.wires import WIRES, Wire
 from megatron_moe_comp.options.codec_options import BITS_RANGE, Coding
-from megatron_moe_comp.options.config import AUTO_MIN_BITS, WIRES, CompressionConfig, Wire
+from megatron_moe_comp.options.config import AUTO_MIN_BITS, CompressionConfig, codec_of
 from megatron_moe_comp.options.lsh_options import DEFAULT_RATE
 from megatron_moe_comp.plan.cost_model import (
     Machine,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_moe_comp.options.config import WIRES, CompressionConfig, Wire
+from megatron_moe_comp.compression.wires import WIRES, Wire
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.phase_times import Phase, PhaseTimes
 
 

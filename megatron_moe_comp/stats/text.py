@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.compression.wires import WIRES
+from megatron_moe_comp.options.config import CompressionConfig
 
 MEGABYTE = 1e6
 

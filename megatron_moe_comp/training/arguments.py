@@ -24,9 +24,10 @@ from megatron.training.arguments import (
 )
 
 from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.options.checks import flag
 from megatron_moe_comp.options.codec_options import CodecOptions
 from megatron_moe_comp.options.config import CompressionConfig
-from megatron_moe_comp.options.lsh_options import LshOptions, flag
+from megatron_moe_comp.options.lsh_options import LshOptions
 from megatron_moe_comp.options.t5_options import T5Options
 
 ArgsProvider = Callable[[ArgumentParser], ArgumentParser]

@@ -14,7 +14,7 @@ from megatron.training.checkpointing import (
     read_metadata,
 )
 
-from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.options.checks import flag
 from megatron_moe_comp.options.t5_options import T5Options
 
 LSH_STATE = "moe_lsh_state"

@@ -19,9 +19,10 @@ from megatron_moe_comp import ops
 from megatron_moe_comp.comm.all_to_all import sum_over_ranks
 from megatron_moe_comp.compression.codecs import CODECS
 from megatron_moe_comp.compression.random_stream import TrainingStep
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.mcore.dispatchers.compressed import SAMPLE_INTERVAL
 from megatron_moe_comp.mcore.moe_layer import CompressedMoELayer
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.comm_stats import Column, summarize
 from megatron_moe_comp.stats.phase_times import PHASES
 from megatron_moe_comp.stats.text import MEGABYTE, describe, interval_line, print_summary

@@ -17,7 +17,7 @@ from megatron_moe_comp.compression.codecs.identity import Identity
 from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.options.config import WIRES
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.stats.comm_stats import NUM_BITS, ROWS_OF_BITS, Column, CommStats
 from tests.compression.variants import usual_bits
 from tests.gloo import watched_all_to_alls

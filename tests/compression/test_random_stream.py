@@ -9,8 +9,8 @@ from megatron_moe_comp.compression.random_stream import (
     TrainingStep,
     random_words,
 )
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.ops.philox import random_halves
-from megatron_moe_comp.options.config import WIRES
 
 STEP = TrainingStep(iteration=7, num_microbatches=3)
 

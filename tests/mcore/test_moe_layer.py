@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.options.codec_options import BitPolicy
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.comm_stats import Column
 from tests.gloo import watched_all_to_alls
 

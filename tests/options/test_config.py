@@ -6,13 +6,14 @@ from typing import get_args
 import pytest
 
 from megatron_moe_comp.compression.codecs import CODECS
+from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.options.codec_options import (
     BITS_RANGE,
     CodecName,
     Coding,
     Method,
 )
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.options.lsh_options import LshOptions
 
 MODEL = {

@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from megatron_moe_comp.comm.all_to_all import Message, send
 from megatron_moe_comp.comm.routes import Route
-from megatron_moe_comp.compression.codecs import codec_of
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.compression.wires import WIRES
+from megatron_moe_comp.options.config import CompressionConfig, codec_of
 from megatron_moe_comp.plan.cost_model import CodecSpeed, Link, Machine, Prediction, predict
 from megatron_moe_comp.plan.methods import (
     choose,

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.compression.wires import WIRES
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.comm_stats import Column, CommStats, sqnr_db, summarize
 
 BIRDMOE = CompressionConfig(moe_a2a_compress="birdmoe", moe_a2a_bits=4)

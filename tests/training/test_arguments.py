@@ -4,7 +4,8 @@ from dataclasses import fields
 import pytest
 from megatron.training.arguments import parse_args
 
-from megatron_moe_comp.options.config import WIRES, CompressionConfig
+from megatron_moe_comp.compression.wires import WIRES
+from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.training.arguments import (
     add_compression_args,
     add_upcycling_args,

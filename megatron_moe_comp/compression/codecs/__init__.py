@@ -14,33 +14,24 @@ from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.codecs.shapeshifter import Shapeshifter
 from megatron_moe_comp.compression.codecs.terngrad import TernGrad
 from megatron_moe_comp.compression.codecs.topk import TopK
-from megatron_moe_comp.options.config import CompressionConfig, Wire
 
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec
     for codec in (
         Identity,
+        RandomQuantization,
+        Dithered,
+        Gaussian,
+        LinearQuantization,
+        PiecewiseLinearQuantization,
+        Shapeshifter,
+        TernGrad,
+        TopK,
         BFloat16Cast,
         Float16Cast,
         Int8,
         Float8,
         MxFloat8,
-        RandomQuantization,
-        Dithered,
-        Gaussian,
-        LinearQuantization,
-        Shapeshifter,
-        PiecewiseLinearQuantization,
-        TernGrad,
-        TopK,
     )
 }
-"""Codec classes by their name."""
-
-
-def codec_of(config: CompressionConfig, wire: Wire) -> Codec:
-    """Returns what encodes the rows of a wire."""
-    if wire not in config.moe_a2a_wires:
-        return Identity()
-    name = config.coding(wire).codec
-    return RandomQuantization(config.moe_a2a_scale_per) if name == "rq" else CODECS[name]()
+"""Codec classes by their name; the options take their choices and ranges from here."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -11,7 +11,8 @@ from megatron_moe_comp.compression.codec import Codec
 from megatron_moe_comp.compression.codecs.op_segments import filled, flat
 from megatron_moe_comp.compression.payload import Section, Segment, read_bytes, write_bytes
 from megatron_moe_comp.compression.random_stream import RandomStream
-from megatron_moe_comp.options.config import ScalePer
+
+ScalePer = Literal["row", "chunk"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class RandomQuantization(Codec):
     name: ClassVar[str] = "rq"
     num_bits_range: ClassVar[tuple[int, int] | None] = (2, 8)
     kernels: ClassVar[tuple[str, ...]] = ("quantize_pack", "unpack_dequantize")
+    options: ClassVar[tuple[str, ...]] = ("scale_per",)
 
     def sections(self, hidden_size: int, dtype: torch.dtype, num_bits: int) -> tuple[Section, ...]:
         """Returns the codes and the scales."""

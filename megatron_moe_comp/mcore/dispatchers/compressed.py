@@ -19,21 +19,17 @@ from megatron_moe_comp.comm.all_to_all import (
     nodes_of_ranks,
 )
 from megatron_moe_comp.comm.routes import Links, Route
-from megatron_moe_comp.compression.bit_allocation import (
-    allocate_bits,
-    between_nodes,
-    most_loaded,
-)
-from megatron_moe_comp.compression.codecs import codec_of
+from megatron_moe_comp.compression.bit_allocation import allocate_bits, between_nodes, most_loaded
 from megatron_moe_comp.compression.random_stream import (
     ForwardPass,
     ForwardPassCounter,
     RandomStream,
     TrainingStep,
 )
+from megatron_moe_comp.compression.wires import WIRES, Wire
 from megatron_moe_comp.mcore.dispatchers.counted import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.options.codec_options import Coding
-from megatron_moe_comp.options.config import WIRES, CompressionConfig, Wire
+from megatron_moe_comp.options.config import CompressionConfig, codec_of
 
 SAMPLE_INTERVAL = 10
 """Iterations from one measurement of the quantization error to the next."""

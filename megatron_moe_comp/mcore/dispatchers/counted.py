@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from megatron_moe_comp.options.config import Wire
+from megatron_moe_comp.compression.wires import Wire
 from megatron_moe_comp.stats.comm_stats import CommStats
 
 

@@ -21,7 +21,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_moe_comp.options.lsh_options import flag
+from megatron_moe_comp.options.checks import flag
 from megatron_moe_comp.options.t5_options import Activation, T5Options
 from megatron_moe_comp.tasks.t5.biased_attention import carry_bias_gradient
 from megatron_moe_comp.tasks.t5.specs import moe_layer_pattern, t5_block_specs
