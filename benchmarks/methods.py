@@ -25,7 +25,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 # What matters in clustering: all combinations of residual, warm-up and refinement, and controls.
 _WARMUP = "--moe-lsh-warmup-iters=200"
-_RESIDUALS = ("none", "identity", "fitted")
+_RESIDUALS = ("none", "identity")
 METHODS |= {
     f"lsh-{residual}{warmup and '-warmup'}{'-refine' if refine else ''}": tuple(
         flag
@@ -44,7 +44,6 @@ METHODS |= {
     "lsh-none-random": (*METHODS["lsh-none"], "--moe-lsh-hash=random"),
     "lsh-none-warmup-random": (*METHODS["lsh-none-warmup"], "--moe-lsh-hash=random"),
     "lsh-none-center": (*METHODS["lsh-none"], "--moe-lsh-center"),
-    "lsh-none-per-row": (*METHODS["lsh-none"], "--moe-lsh-gradient=per-row"),
 }
 
 WARMS_UP = tuple(name for name, flags in METHODS.items() if _WARMUP in flags)

@@ -45,7 +45,7 @@ if ((gpus > 1)); then
     heading "NCCL against gloo, every codec"
     .venv/bin/torchrun --standalone --nproc-per-node 2 -m tests.comm.on_gpus
     for options in none identity birdmoe "birdmoe --moe-a2a-chunks=2" "birdmoe --moe-a2a-dedup" \
-        lsh "lsh --moe-lsh-gradient=per-row"; do
+        lsh; do
         heading "Training with $options"
         # shellcheck disable=SC2086 # options are words
         RANKS=2 bash scripts/run_local.sh --train-iters 50 --log-interval 10 --eval-interval 50 \

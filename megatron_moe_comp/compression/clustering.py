@@ -15,8 +15,6 @@ from megatron_moe_comp.ops.lsh_hash import HASH_BITS, own_keys
 
 _KEY_BITS = HASH_BITS + 1
 """Bits of a key; those above hold the expert."""
-PROBE_INTERVAL = 8
-"""Clusters of several rows per one that a probe is taken from."""
 
 
 @dataclass(frozen=True)
@@ -154,33 +152,3 @@ def refined(clusters: Clusters, rows: torch.Tensor, groups: Groups) -> Clusters:
         place = assignment[first_row:last_row]
         place.copy_(torch.where(least.isfinite(), nearest + first, place))
     return _of_sorted_keys(*assignment.sort(stable=True), groups)
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Rows taken out of their clusters, to see what experts make of a row and of its centroid."""
-
-    rows: torch.Tensor
-    """int64 [K]: the rows."""
-    own: torch.Tensor
-    """int64 [K]: the clusters that they now form alone."""
-    left: torch.Tensor
-    """int64 [K]: the clusters that they left."""
-
-
-def with_probes(clusters: Clusters, rows: torch.Tensor, groups: Groups) -> tuple[Clusters, Probes]:
-    """Returns the clusters less one row of some, each of which becomes a cluster, and these rows.
-
-    Args:
-        clusters: the clusters; of those whose first two rows differ, the first row of every
-            `PROBE_INTERVAL`-th is taken.
-        rows: [N, H].
-        groups: the rows of each expert.
-    """
-    starts = clusters.offsets[:-1][clusters.offsets.diff() > 1]
-    first, second = clusters.order[starts], clusters.order[starts + 1]
-    differ = (rows[first] != rows[second]).any(dim=1)
-    first, second = first[differ][::PROBE_INTERVAL], second[differ][::PROBE_INTERVAL]
-    keys = clusters.assignment.index_copy(0, first, own_keys(clusters.num_rows, rows.device)[first])
-    after = cluster(keys, groups)
-    return after, Probes(first, after.assignment[first], after.assignment[second])

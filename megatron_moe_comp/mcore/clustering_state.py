@@ -1,10 +1,9 @@
-"""What clustering adapts during training, per layer: its granularity and its residual factor.
+"""What clustering adapts during training, per layer: its granularity.
 
 The state follows from what each iteration measured, summed over all ranks, so it is the same on
 every rank, and a checkpoint that holds it resumes exactly.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -15,8 +14,6 @@ GAIN = 0.2
 Stable where one multiplies the rate by 32, as it does for unrelated rows."""
 MOST_HASHES = 16
 """Hash functions that adapting goes up to; their keys make nearly every row a cluster."""
-MEMORY = 0.9
-"""How much of what the residual factor is estimated from remains after one estimate."""
 
 
 class Measurement(NamedTuple):
@@ -26,10 +23,6 @@ class Measurement(NamedTuple):
     """Rows that could be clustered."""
     centroids: float
     """Clusters of them."""
-    residual_dot: float
-    """Sum over probes of <E(x) - E(c), x - c>."""
-    residual_square: float
-    """Sum over probes of <x - c, x - c>."""
 
 
 @dataclass
@@ -38,8 +31,6 @@ class LshState:
 
     coordinates: float
     """Rotated coordinates that are hashed, before rounding down."""
-    residual_dot: float = 0.0
-    residual_square: float = 0.0
 
     @classmethod
     def initial(cls, options: LshOptions) -> "LshState":
@@ -50,8 +41,11 @@ class LshState:
 
     @classmethod
     def resumed(cls, saved: dict[str, float], options: LshOptions) -> "LshState":
-        """Returns the state of a checkpoint, within what the options of this run allow."""
-        state = cls(**saved)
+        """Returns the state of a checkpoint, within what the options of this run allow.
+
+        Keys that this version does not know are ignored: earlier versions saved more.
+        """
+        state = cls(saved["coordinates"])
         most = float(max_coordinates(options))
         is_fixed = options.moe_lsh_target_rate is None
         state.coordinates = most if is_fixed else min(state.coordinates, most)
@@ -62,13 +56,6 @@ class LshState:
         """How many rotated coordinates are hashed."""
         return int(self.coordinates)
 
-    @property
-    def residual_factor(self) -> float:
-        """The factor on the residual with the least squared error, within 0 to 1; 0 if unknown."""
-        if not self.residual_square > 0:
-            return 0.0
-        return min(max(self.residual_dot / self.residual_square, 0.0), 1.0)
-
     def update(self, seen: Measurement, iteration: int, options: LshOptions) -> None:
         """Moves on to the next iteration.
 
@@ -77,13 +64,10 @@ class LshState:
             iteration: its number, from 0.
             options: of the run.
         """
-        if math.isfinite(seen.residual_dot) and 0 < seen.residual_square < math.inf:
-            self.residual_dot = MEMORY * self.residual_dot + seen.residual_dot
-            self.residual_square = MEMORY * self.residual_square + seen.residual_square
         if options.moe_lsh_target_rate is None or not seen.rows:
             return
-        # Linear in the rate: where it jumps over the target and so goes up and down, it is its mean
-        # that is held. The divisor is how fast rates between 0 and 1 change, least near both.
+        # The step is linear in the rate. If the rate oscillates around the target, the controller
+        # holds its mean. The divisor is how fast rates between 0 and 1 change, least near both.
         target = target_rate(options, iteration + 1)
         excess = seen.centroids / seen.rows - target
         hashes = -GAIN * excess / max(target * (1.0 - target), 1e-9)

@@ -13,17 +13,13 @@ from megatron_moe_comp.mcore.dispatchers.centroids import LshAlltoAllTokenDispat
 from megatron_moe_comp.mcore.dispatchers.compressed import CompressedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.dispatchers.counted import CountedAlltoAllTokenDispatcher
 from megatron_moe_comp.mcore.dispatchers.shared_rows import DedupAlltoAllTokenDispatcher
-from megatron_moe_comp.mcore.per_row_lsh_token_dispatcher import (
-    PerRowLshAlltoAllTokenDispatcher,
-)
 from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.comm_stats import CommStats
 
 
 def _dispatcher_of(compression: CompressionConfig) -> type[CompressedAlltoAllTokenDispatcher]:
     if compression.moe_a2a_compress == "lsh":
-        per_row = compression.moe_lsh_gradient == "per-row"
-        return PerRowLshAlltoAllTokenDispatcher if per_row else LshAlltoAllTokenDispatcher
+        return LshAlltoAllTokenDispatcher
     if compression.moe_a2a_dedup:
         return DedupAlltoAllTokenDispatcher
     return CompressedAlltoAllTokenDispatcher
@@ -53,7 +49,7 @@ class CompressedMoELayer(MoELayer):
         compression.check_model(self.config)
         self._groups = kwargs.get("pg_collection") or get_default_pg_collection()
         is_alltoall = type(self.token_dispatcher) is MoEAlltoAllTokenDispatcher
-        # none, with a dispatcher or a capture that counting could disturb, keeps stock's.
+        # With none, stock's dispatcher stays if counting would disturb its type or a CUDA graph.
         if is_alltoall and self.config.cuda_graph_impl == "none":
             self.token_dispatcher = self.new_dispatcher(compression, step)
 
@@ -70,8 +66,7 @@ class CompressedMoELayer(MoELayer):
         dispatcher = _dispatcher_of(compression)(*arguments, compression=compression, step=step)
         # Two operations per weight forward, four backward; tensor parallel peers have the rest.
         weights = sum(p.numel() for p in self.experts.parameters()) // self.num_local_experts
-        if compression.moe_lsh_gradient == "shared":
-            dispatcher.stats.flops_per_row = 6 * weights * self._groups.expt_tp.size()
+        dispatcher.stats.flops_per_row = 6 * weights * self._groups.expt_tp.size()
         return dispatcher
 
     @property

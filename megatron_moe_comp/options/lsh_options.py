@@ -7,8 +7,7 @@ from megatron_moe_comp.compression.hash_families import HASHES
 from megatron_moe_comp.options.checks import flag, require_choice
 
 HashFamily = Literal[tuple(HASHES)]
-Residual = Literal["none", "identity", "fitted"]
-LshGradient = Literal["shared", "per-row"]
+Residual = Literal["none", "identity"]
 LshScope = Literal["all", "remote", "inter-node"]
 
 DEFAULT_NUM_HASHES = 6
@@ -50,13 +49,7 @@ class LshOptions:
 
     moe_lsh_residual: Residual = "none"
     """What is added to an expert's output for a centroid to restore a row x of it. none: nothing.
-    identity: x minus the centroid, as LSH-MoE does. fitted: that times a factor per layer,
-    estimated during training from a few rows that are sent alone every 10 iterations."""
-
-    moe_lsh_gradient: LshGradient = "shared"
-    """What gradient a row gets through its centroid. shared: the centroid's divided by its number
-    of rows, which is exact. per-row: its own, through the expert's derivative at the centroid; the
-    backward wires and the experts then work on every row."""
+    identity: x minus the centroid, as LSH-MoE does."""
 
     moe_lsh_scope: LshScope = "all"
     """Which rows are clustered: all, which makes less work of the experts, too; remote, those that
@@ -70,14 +63,13 @@ class LshOptions:
     @property
     def adapts(self) -> bool:
         """Whether anything of clustering changes during training."""
-        return self.moe_lsh_target_rate is not None or self.moe_lsh_residual == "fitted"
+        return self.moe_lsh_target_rate is not None
 
     def _check_lsh(self, method: str) -> None:
         """Raises ValueError for an unusable value, or one that `method` has no use for."""
         for name, kind in (
             ("moe_lsh_hash", HashFamily),
             ("moe_lsh_residual", Residual),
-            ("moe_lsh_gradient", LshGradient),
             ("moe_lsh_scope", LshScope),
         ):
             require_choice(name, getattr(self, name), get_args(kind))

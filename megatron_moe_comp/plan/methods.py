@@ -106,8 +106,7 @@ def _wire(
     rows = pairs
     masks = None
     if config.moe_a2a_compress == "lsh":
-        shared = config.moe_lsh_gradient == "shared" or wire.endswith("fwd")
-        rows = pairs * _rate(config) if shared else pairs
+        rows = pairs * _rate(config)
     elif config.enabled and config.moe_a2a_dedup:
         rows = pairs * rows_per_pair(model, layout)
         local = model.num_experts // layout.expert_parallel
@@ -179,9 +178,7 @@ def _expert_rows(config: CompressionConfig, layout: Layout) -> float:
         "remote": (layout.near_peers + layout.far_peers) / layout.expert_parallel,
         "inter-node": layout.far_peers / layout.expert_parallel,
     }[config.moe_lsh_scope]
-    saved = clustered * (1 - _rate(config))
-    # The backward pass, two thirds of the work, computes every row's own gradient.
-    return 1 - saved / (1 if config.moe_lsh_gradient == "shared" else 3)
+    return 1 - clustered * (1 - _rate(config))
 
 
 def rows_per_pair(model: Model, layout: Layout) -> float:

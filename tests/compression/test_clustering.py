@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe_comp.compression.clustering import (
-    PROBE_INTERVAL,
     Groups,
     centered,
     cluster,
     refined,
     shuffled,
-    with_probes,
 )
 from megatron_moe_comp.ops.lsh_hash import own_keys
 
@@ -112,7 +110,6 @@ def test_no_row_or_one(sizes):
     assert torch.equal(clusters.mean(rows), rows)
     assert torch.equal(clusters.broadcast(rows), rows)
     assert torch.equal(refined(clusters, rows, groups).offsets, clusters.offsets)
-    assert len(with_probes(clusters, distinct_rows(groups), groups)[1].rows) == 0
 
 
 def test_all_rows_equal_or_all_different():
@@ -214,31 +211,3 @@ def test_refining_brings_equal_rows_together(kinds, seed):
     after = refined(cluster(keys, groups), rows, groups).assignment
     for kind in set(kinds):
         assert len(after[torch.tensor(kinds) == kind].unique()) == 1
-
-
-@given(layouts())
-def test_probes_leave_their_clusters(layout):
-    groups, keys, _ = layout
-    before = cluster(keys, groups)
-    after, probes = with_probes(before, distinct_rows(groups), groups)
-    assert_consistent(after, groups)
-    shared = [rows for rows in members(before) if len(rows) > 1]
-    probed = shared[::PROBE_INTERVAL]
-    assert probes.rows.tolist() == [rows[0] for rows in probed]
-    untouched = {frozenset(r) for r in members(before) if r not in probed}
-    expected = {frozenset(rows[:1]) for rows in probed} | {frozenset(rows[1:]) for rows in probed}
-    assert partition(after) == untouched | expected
-    for number, rows in enumerate(probed):
-        assert members(after)[probes.own[number]] == rows[:1]
-        assert members(after)[probes.left[number]] == rows[1:]
-
-
-def test_one_probe_in_so_many_clusters():
-    groups = make_groups([4 * PROBE_INTERVAL + 2, 1])
-    keys = torch.arange(groups.total) // 2
-    clusters = cluster(keys, groups)
-    equal = torch.zeros(groups.total, 1)
-    assert len(with_probes(clusters, equal, groups)[1].rows) == 0
-    after, probes = with_probes(clusters, distinct_rows(groups), groups)
-    assert probes.rows.tolist() == [0, 2 * PROBE_INTERVAL, 4 * PROBE_INTERVAL]
-    assert len(after) == 2 * PROBE_INTERVAL + 2 + len(probes.rows)

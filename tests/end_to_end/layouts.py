@@ -37,7 +37,7 @@ LSH = {"moe_a2a_compress": "lsh", "moe_a2a_seed": SEED}
 SINGLE = "single rows"
 METHODS = {
     "6 bits": {"moe_a2a_compress": "birdmoe", "moe_a2a_bits": 6, "moe_a2a_seed": SEED},
-    "clusters": LSH | {"moe_lsh_target_rate": 0.5, "moe_lsh_residual": "fitted"},
+    "clusters": LSH | {"moe_lsh_target_rate": 0.5, "moe_lsh_residual": "identity"},
     SINGLE: LSH | {"moe_lsh_num_hashes": 64},
 }
 TOLERANCES = {

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 METHODS = {
     "birdmoe": "--moe-a2a-compress=birdmoe",
     # Its state travels in the checkpoint, beside Megatron's own arguments.
-    "lsh": "--moe-a2a-compress=lsh --moe-lsh-target-rate 0.3 --moe-lsh-residual fitted",
+    "lsh": "--moe-a2a-compress=lsh --moe-lsh-target-rate 0.3 --moe-lsh-residual identity",
 }
 
 

@@ -63,7 +63,7 @@ def test_recomputation_changes_nothing(plain, tmp_path):
 
 LSH = """
     --moe-a2a-compress=lsh --moe-lsh-target-rate 0.3 --moe-lsh-warmup-iters 4
-    --moe-lsh-residual fitted --moe-lsh-refine 1 --use-distributed-optimizer
+    --moe-lsh-residual identity --moe-lsh-refine 1 --use-distributed-optimizer
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_comp.comm import all_to_all, per_row_all_to_all
+from megatron_moe_comp.comm import all_to_all
 from tests.mcore.test_moe_layer import compressed, make_config, run
 
 LSH = {"method": "lsh", "moe_lsh_num_hashes": 1, "moe_lsh_hash_dim": 4}
@@ -31,11 +31,11 @@ def checked_send(wires, rows, probs, masks, route, message, stats, *, original):
 def half_a_step_off(rank, options):
     wires, original = {}, all_to_all.send
     spy = partial(checked_send, wires, original=original)
-    all_to_all.send = per_row_all_to_all.send = spy
+    all_to_all.send = spy
     try:
         run(compressed(make_config(), **options), rank=rank)
     finally:
-        all_to_all.send = per_row_all_to_all.send = original
+        all_to_all.send = original
     return wires
 
 
@@ -46,7 +46,6 @@ def half_a_step_off(rank, options):
         {"method": "birdmoe", "moe_a2a_codec": "dithered", "moe_a2a_backward_bits": 4},
         {"method": "dithered", "moe_a2a_dedup": True, "moe_a2a_chunks": 2},
         LSH | {"moe_a2a_codec": "dithered", "moe_a2a_bit_policy": "optimal"},
-        LSH | {"moe_a2a_codec": "dithered", "moe_lsh_gradient": "per-row", "moe_a2a_chunks": 2},
     ],
 )
 def test_values_arrive_half_a_step_off_at_most(megatron_pool, options):

@@ -113,7 +113,6 @@ def traced(rank, model, method, options, kernels):
 COUNTS = {"the dispatcher's event": 1}
 CLUSTERS = "clustering._of_sorted_keys: copy to the host"
 REFINED = COUNTS | {CLUSTERS: 2}
-PROBES = {"clustering.with_probes: index": 3, CLUSTERS: 3}
 CAPACITY = {"moe_expert_capacity_factor": 4.0}
 FP8 = {"moe_router_padding_for_quantization": True, "fp8": "hybrid", "fp8_recipe": "delayed"}
 BFLOAT16 = {"bf16": True, "params_dtype": torch.bfloat16}
@@ -163,11 +162,11 @@ CASES = {
         {"moe_lsh_center": True, "moe_lsh_hash": "cross-polytope", "moe_a2a_codec": "dithered"},
         REFINED,
     ),
-    "lsh, fitted in chunks": (
+    "lsh, residual in chunks": (
         {},
         "lsh",
-        {"moe_lsh_residual": "fitted", "moe_a2a_chunks": 2},
-        COUNTS | PROBES,
+        {"moe_lsh_residual": "identity", "moe_a2a_chunks": 2},
+        REFINED,
     ),
     "lsh, capacity, between nodes": (
         CAPACITY,
@@ -181,11 +180,10 @@ CASES = {
         {"moe_lsh_hash": "random"},
         COUNTS | {CLUSTERS: 1, "clustering.shuffled: nonzero": 1},
     ),
-    "per-row": ({}, "lsh", {"moe_lsh_gradient": "per-row"}, REFINED),
-    "per-row, remote, in chunks": (
+    "lsh, remote, in chunks": (
         BFLOAT16,
         "lsh",
-        {"moe_lsh_gradient": "per-row", "moe_lsh_scope": "remote", "moe_a2a_chunks": 2},
+        {"moe_lsh_scope": "remote", "moe_a2a_chunks": 2},
         REFINED,
     ),
 }

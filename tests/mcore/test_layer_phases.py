@@ -15,7 +15,6 @@ METHODS = {
     "rq in pieces": {"moe_a2a_chunks": 2},
     "birdmoe shared rows": {"moe_a2a_dedup": True},
     "lsh": {},
-    "lsh per row": {"moe_lsh_gradient": "per-row"},
 }
 
 

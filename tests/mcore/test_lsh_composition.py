@@ -4,16 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe_comp.mcore.clustering_state import Measurement
 from megatron_moe_comp.stats.comm_stats import Column
 from tests.mcore.dispatchers.test_centroids import (
-    equal_experts,
     forward,
     lsh,
-    reference,
-    routing,
     spy_on_clusters,
-    unequal_inputs,
 )
 from tests.mcore.test_moe_layer import (
     BATCH,
@@ -84,41 +79,6 @@ def test_awkward_rows(megatron_pool, kind):
             assert clusters == 2
 
 
-def per_row_gradient(rank):
-    """The gradient of each row through the expert at its centroid, row after row with autograd."""
-    config = make_config(params_dtype=torch.float64)
-    layer = lsh(config, moe_lsh_gradient="per-row", **COARSE).double()
-    equal_experts(layer)
-    spy_on_clusters(layer)
-    x = unequal_inputs(rank, torch.float64).requires_grad_()
-    routing_map, logits = routing(rank, len(x), torch.float64)
-    probs = (logits.softmax(dim=1) * routing_map).requires_grad_()
-    weights = torch.randn(x.shape, dtype=torch.float64)
-    output = forward(layer, x, probs, routing_map)
-    (output * weights).sum().backward()
-    expected_output = reference(layer, x, probs, routing_map, 0.0)
-    expected = torch.zeros_like(x)
-    clusters, first = layer.token_dispatcher.seen[-1].clusters.assignment, 0
-    for expert in range(EXPERTS):
-        tokens = routing_map[:, expert].nonzero()[:, 0]
-        ids = clusters[first : first + len(tokens)]
-        first += len(tokens)
-        for token, own in zip(tokens, ids, strict=True):
-            mean = x[tokens[ids == own]].mean(dim=0, keepdim=True).detach().requires_grad_()
-            module = layer.experts.local_experts[expert % layer.num_local_experts]
-            y, _ = module(mean, torch.ones(1, dtype=x.dtype))
-            (grad,) = torch.autograd.grad(
-                (y[0] * probs[token, expert] * weights[token]).sum(), mean
-            )
-            expected[token] += grad[0].detach()
-    return relative(output, expected_output), relative(x.grad, expected)
-
-
-def test_per_row_gradients_are_those_at_the_centroid(megatron_pool):
-    for errors in megatron_pool.run(per_row_gradient):
-        assert max(errors) < 1e-12
-
-
 def recompute_repeats(rank, options):
     recomputing = make_config(recompute_granularity="selective", recompute_modules=["moe"])
     layers = [lsh(config, **options) for config in (make_config(), recomputing)]
@@ -133,9 +93,8 @@ def recompute_repeats(rank, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"moe_lsh_residual": "fitted", "moe_lsh_refine": 1},
+        {"moe_lsh_residual": "identity", "moe_lsh_refine": 1},
         {"moe_lsh_hash": "random"},
-        {"moe_lsh_gradient": "per-row"},
         {"moe_a2a_codec": "rq", "moe_a2a_bits": 4},
     ],
 )
@@ -166,7 +125,7 @@ def composes(rank, options):
         ({"moe_a2a_codec": "rq", "moe_a2a_bits": 4}, 0.6, 0.25),
         ({"moe_a2a_codec": "rq", "moe_a2a_bit_policy": "optimal"}, 0.6, 0.35),
         ({"moe_a2a_codec": "mxfp8", "moe_a2a_chunks": 2}, 0.1, 0.4),
-        ({"moe_a2a_codec": "bf16", "moe_lsh_gradient": "per-row"}, 0.02, 0.6),
+        ({"moe_a2a_codec": "bf16"}, 0.02, 0.6),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -241,25 +200,6 @@ def test_evaluation_does_not_cluster_unless_asked(megatron_pool):
     assert not any(megatron_pool.run(evaluation, {"moe_lsh_eval": True}))
 
 
-def probed(rank):
-    """The fitted factor for experts that are linear maps a * x: it must be a."""
-    layer = lsh(make_config(), moe_lsh_residual="fitted", **COARSE)
-    layer.experts.forward = lambda rows, *_: (0.37 * rows, None)
-    run(layer, rank=rank)
-    state = layer.token_dispatcher.state
-    before = state.residual_factor
-    measured = layer.token_dispatcher.take_measurement()
-    state.update(Measurement(*measured.tolist()), 0, layer.token_dispatcher._compression)
-    return before, state.residual_factor, measured[:2].tolist()
-
-
-def test_the_residual_factor_is_fitted(megatron_pool):
-    for before, after, (rows, centroids) in megatron_pool.run(probed):
-        assert before == 0
-        assert after == pytest.approx(0.37, abs=1e-5)
-        assert 0 < centroids < rows
-
-
 def collectives(rank, options):
     layer = lsh(make_config(), **COARSE, **options) if options is not None else stock(make_config())
     with Collectives() as found:
@@ -269,8 +209,7 @@ def collectives(rank, options):
 
 def test_clustering_needs_no_further_collective(megatron_pool):
     stocks = megatron_pool.run(collectives, None)
-    for options in ({}, {"moe_lsh_gradient": "per-row"}):
-        assert megatron_pool.run(collectives, options) == stocks
+    assert megatron_pool.run(collectives, {}) == stocks
 
 
 def test_counted_bytes_are_those_handed_to_the_collectives(megatron_pool):

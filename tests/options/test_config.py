@@ -342,8 +342,7 @@ def lsh(**options):
     ("changes", "parts"),
     [
         ({"moe_lsh_hash": "minhash"}, ("--moe-lsh-hash=minhash", "fast-cross-polytope, cross")),
-        ({"moe_lsh_residual": "one"}, ("--moe-lsh-residual=one", "none, identity, fitted")),
-        ({"moe_lsh_gradient": "exact"}, ("--moe-lsh-gradient=exact", "shared, per-row")),
+        ({"moe_lsh_residual": "one"}, ("--moe-lsh-residual=one", "none, identity")),
         ({"moe_lsh_scope": "local"}, ("--moe-lsh-scope=local", "all, remote, inter-node")),
         ({"moe_lsh_num_hashes": 0}, ("--moe-lsh-num-hashes=0", "Use 1 to 64")),
         ({"moe_lsh_num_hashes": 65}, ("--moe-lsh-num-hashes=65", "Use 1 to 64")),
@@ -414,7 +413,6 @@ OTHER_VALUES = {
     "moe_lsh_refine": 2,
     "moe_lsh_center": True,
     "moe_lsh_residual": "identity",
-    "moe_lsh_gradient": "per-row",
     "moe_lsh_scope": "remote",
     "moe_lsh_eval": True,
 }

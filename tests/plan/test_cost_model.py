@@ -196,9 +196,6 @@ def test_lsh_saves_experts_work_and_adds_its_own():
     ours = predict(model, layout, machine, method_of("lsh", lsh, model, layout))
     assert ours.experts == pytest.approx(stock.experts / 4)
     assert ours.beside > 0 == stock.beside
-    per_row = replace(lsh, moe_lsh_gradient="per-row")
-    ours = predict(model, layout, machine, method_of("lsh", per_row, model, layout))
-    assert ours.experts == pytest.approx(stock.experts * (1 / 4 + 2) / 3)
 
 
 def test_gradients_are_summed_in_nodes_first():

@@ -15,12 +15,10 @@ from megatron_moe_comp.comm.routes import Links
 from megatron_moe_comp.compression.clustering import (
     Clusters,
     Groups,
-    Probes,
     centered,
     cluster,
     refined,
     shuffled,
-    with_probes,
 )
 from megatron_moe_comp.compression.hash_families import HASHES
 from megatron_moe_comp.compression.random_stream import random_words
@@ -41,14 +39,13 @@ class ClusteredRows:
     clusters: Clusters
     centroids: torch.Tensor
     """[C, H]."""
-    probes: Probes | None
 
 
 class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
     """Dispatcher that clusters each expert's rows, sends centroids, and restores rows at home.
 
-    A row x of centroid c gets p * (E(c) + a * (x - c)), with its own probability p, which never
-    crosses a wire, and the residual factor a. The experts work on centroids only.
+    A row x of centroid c gets p * E(c), or with --moe-lsh-residual=identity p * (E(c) + x - c). Its
+    probability p never crosses a wire. The experts work on centroids only.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -61,7 +58,6 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         self._is_clustering = False
         self._at_home: ClusteredRows | None = None
         self._rows_seen = self._centroids_seen = 0
-        self._probed: torch.Tensor | None = None
 
     def start_pass(self, layer_number: int, *, training: bool) -> None:
         """See CompressedAlltoAllTokenDispatcher; rows are clustered in training, or on request."""
@@ -98,16 +94,15 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         )
         groups = Groups(num_per_expert, self._clustered, len(rows))
         with self.stats.timed("encode", rows.device):
-            clusters, probes = self._cluster(rows, groups)
+            clusters = self._cluster(rows, groups)
             centroids = clusters.mean(rows)
         self.stats.phases.time_gradient(centroids, "encode")
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self._gather_cluster_counts(clusters, num_per_expert)
         )
-        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids, probes)
+        self._at_home = ClusteredRows(rows, row_probs, clusters, centroids)
         self._count_clusters(groups)
-        to_send = self._to_send(self._at_home)
-        return to_send, row_probs.new_ones(len(to_send))
+        return centroids, row_probs.new_ones(len(centroids))
 
     def _gather_cluster_counts(
         self, clusters: Clusters, num_per_expert: torch.Tensor
@@ -116,13 +111,9 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         rows_per_rank = num_per_expert.view(self.ep_size, self.num_local_experts).sum(dim=1)
         return self._gather_counts(clusters.num_per_expert, rows_per_rank)
 
-    def _to_send(self, home: ClusteredRows) -> torch.Tensor:
-        """Returns what dispatch_preprocess does."""
-        return home.centroids
-
     @torch.no_grad()
-    def _cluster(self, rows: torch.Tensor, groups: Groups) -> tuple[Clusters, Probes | None]:
-        """Returns the clusters of rows [N, H], and those taken out as probes."""
+    def _cluster(self, rows: torch.Tensor, groups: Groups) -> Clusters:
+        """Returns the clusters of rows [N, H]."""
         config, forward_pass = self._compression, self._forward_pass
         if self._hash is None:
             self._hash = HASHES[config.moe_lsh_hash](
@@ -140,10 +131,7 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
         clusters = cluster(keys, groups)
         for _ in range(config.moe_lsh_refine):
             clusters = refined(clusters, rows, groups)
-        if config.moe_lsh_residual == "fitted" and self._is_sample(forward_pass):
-            clusters, probes = with_probes(clusters, rows, groups)
-            return clusters, None if forward_pass.recomputed else probes
-        return clusters, None
+        return clusters
 
     def _count_clusters(self, groups: Groups) -> None:
         """Counts rows and centroids, for the statistics and the next iteration's granularity."""
@@ -184,45 +172,16 @@ class LshAlltoAllTokenDispatcher(CompressedAlltoAllTokenDispatcher):
             return super().combine_postprocess(permutated_local_input_tokens)
         home, outputs = self._at_home, permutated_local_input_tokens
         self._at_home = None
-        if home.probes is not None:
-            self._probe(home, self._of_clusters(home, outputs.detach()))
         with self.stats.timed("decode", outputs.device):
-            restored = self._of_rows(home, outputs)
+            restored = home.clusters.broadcast(outputs)
             self.stats.phases.time_gradient(restored, "decode")
-            if factor := self._residual_factor():
-                residual = home.rows - home.clusters.broadcast(home.centroids)
-                restored = restored + factor * residual
+            if self._compression.moe_lsh_residual == "identity":
+                restored = restored + (home.rows - home.clusters.broadcast(home.centroids))
             restored = (restored * home.probs[:, None]).to(outputs.dtype)
         return super().combine_postprocess(restored)
 
-    def _of_clusters(self, home: ClusteredRows, outputs: torch.Tensor) -> torch.Tensor:
-        """Returns the output of each centroid, [C, H]."""
-        return outputs
-
-    def _of_rows(self, home: ClusteredRows, outputs: torch.Tensor) -> torch.Tensor:
-        """Returns for each row the output of its centroid, [N, H]."""
-        return home.clusters.broadcast(outputs)
-
-    def _residual_factor(self) -> float:
-        fixed = {"none": 0.0, "identity": 1.0}
-        return fixed.get(self._compression.moe_lsh_residual, self.state.residual_factor)
-
-    def _probe(self, home: ClusteredRows, outputs: torch.Tensor) -> None:
-        """Adds to what the residual factor is estimated from."""
-        probes = home.probes
-        residual = home.rows.detach()[probes.rows] - home.centroids.detach()[probes.left]
-        error = outputs[probes.own] - outputs[probes.left]
-        sums = torch.stack((_dot(error, residual), _dot(residual, residual)))
-        self._probed = sums if self._probed is None else self._probed + sums
-
     def take_measurement(self) -> torch.Tensor:
-        """Returns what this rank measured since the last call, a `Measurement` as float64 [4]."""
-        probed = torch.zeros(2) if self._probed is None else self._probed
+        """Returns what this rank measured since the last call, a `Measurement` as float64 [2]."""
         counts = torch.tensor([self._rows_seen, self._centroids_seen], dtype=torch.float64)
         self._rows_seen = self._centroids_seen = 0
-        self._probed = None
-        return torch.cat((counts, probed.double().cpu()))
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.double() * b.double()).sum()
+        return counts
