@@ -1,4 +1,4 @@
-"""Megatron's layer specs with CompressedMoELayer in the place of MoELayer."""
+"""Two passes over Megatron's layer specs: our MoE layer, and norms for sequence parallelism."""
 
 import copy
 from collections.abc import Callable
@@ -61,8 +61,37 @@ def compressed_layer_spec(
         base: a spec, or a function of (model_config, vp_stage) that returns one.
         layer: builds the MoE layer, with MoELayer's arguments.
     """
-    spec = base if isinstance(base, Spec) else base(model_config, vp_stage)
-    return _replaced(spec, layer)
+    return _replaced(_spec_of(base, model_config, vp_stage), MoELayer, layer)
+
+
+def use_sequence_parallel_norms(model_config: GPTModelConfig) -> None:
+    """Makes `model_config` build torch's norms in a form that sequence parallelism can use.
+
+    Nothing of compression needs this. Without Transformer Engine and Apex, Megatron's specs name
+    its wrapper of the torch norms, and that wrapper refuses --sequence-parallel, which Megatron
+    requires of MoE models with tensor parallelism. Without the option nothing is changed.
+
+    Args:
+        model_config: changed in place.
+    """
+    if model_config.transformer.sequence_parallel:
+        model_config.transformer_layer_spec = partial(
+            _with_sequence_parallel_norms,
+            base=model_config.transformer_layer_spec or default_layer_spec,
+        )
+
+
+def _with_sequence_parallel_norms(
+    model_config: GPTModelConfig, vp_stage: int | None = None, *, base: Spec | Callable[..., Spec]
+) -> Spec:
+    spec = _spec_of(base, model_config, vp_stage)
+    return _replaced(spec, WrappedTorchNorm, sequence_parallel_norm)
+
+
+def _spec_of(
+    base: Spec | Callable[..., Spec], model_config: GPTModelConfig, vp_stage: int | None
+) -> Spec:
+    return base if isinstance(base, Spec) else base(model_config, vp_stage)
 
 
 def sequence_parallel_norm(
@@ -81,19 +110,17 @@ def sequence_parallel_norm(
     return norm
 
 
-def _replaced(spec: Any, layer: Callable[..., CompressedMoELayer]) -> Any:  # noqa: ANN401
-    """Returns a copy of a (nested) spec with MoE layers and torch norms replaced."""
-    if spec is WrappedTorchNorm:
-        return sequence_parallel_norm
-    if spec is MoELayer:
-        return layer
+def _replaced(spec: Any, old: type, new: Callable[..., Any]) -> Any:  # noqa: ANN401
+    """Returns a copy of a (nested) spec that builds with `new` what `old` built."""
+    if spec is old:
+        return new
     if isinstance(spec, partial):
-        return partial(_replaced(spec.func, layer), *spec.args, **spec.keywords)
+        return partial(_replaced(spec.func, old, new), *spec.args, **spec.keywords)
     if isinstance(spec, list | tuple):
-        return type(spec)(_replaced(item, layer) for item in spec)
+        return type(spec)(_replaced(item, old, new) for item in spec)
     if is_dataclass(spec) and not isinstance(spec, type):
         names = [f.name for f in fields(spec) if f.init]
-        return replace(spec, **{name: _replaced(getattr(spec, name), layer) for name in names})
+        return replace(spec, **{name: _replaced(getattr(spec, name), old, new) for name in names})
     return spec
 
 

@@ -14,7 +14,7 @@ from megatron_moe_comp.stats.phase_times import Phase, PhaseTimes
 
 
 class Column(IntEnum):
-    """What a totals tensor holds for each wire."""
+    """What a totals tensor holds for each wire; used by name, so the order does not matter."""
 
     RAW = 0
     """Bytes as float32 values, one row for each (token, expert) pair."""
@@ -45,7 +45,7 @@ class Column(IntEnum):
     LOAD = 16
     """The same as sent."""
     NODE_PASSES = 17
-    """Those of the passes whose ranks are on several nodes; the next three are of them."""
+    """Those of the passes whose ranks are on several nodes; the NODE_LOADs are of them."""
     NODE_LOAD_RAW = 18
     """Bytes of the most loaded node of each pass, as float32."""
     NODE_LOAD_UNIFORM = 19
@@ -62,11 +62,16 @@ class Column(IntEnum):
     """Operations that experts did not do for rows that shared a centroid; in dispatch_fwd only."""
 
 
-NUM_BITS = range(2, 9)
-"""Bits per value that rows can have, in the order of their columns."""
-ROWS_OF_BITS = slice(Column.ROWS_2_BITS, Column.ROWS_8_BITS + 1)
-LOADS = ("float32_bytes", "uniform_bytes", "bytes")
-"""What is reported of a load, in the order of its columns."""
+ROWS_OF_BITS = {bits: Column[f"ROWS_{bits}_BITS"] for bits in range(2, 9)}
+"""The column of the rows of each number of bits per value."""
+RANK_LOADS = {
+    "float32_bytes": Column.LOAD_RAW,
+    "uniform_bytes": Column.LOAD_UNIFORM,
+    "bytes": Column.LOAD,
+}
+"""What is reported of the most loaded rank, and its column."""
+NODE_LOADS = {name: Column[f"NODE_{column.name}"] for name, column in RANK_LOADS.items()}
+"""The same of the most loaded node."""
 
 
 class CommStats:
@@ -105,7 +110,7 @@ class CommStats:
         """
         self._add(wire, {Column.PAIRS: pairs, Column.ROWS: rows})
         for num_rows, num_bits in bits:
-            self._add(wire, {Column.ROWS_2_BITS + num_bits - NUM_BITS.start: num_rows})
+            self._add(wire, {ROWS_OF_BITS[num_bits]: num_rows})
 
     def add_load(
         self, wire: Wire, of_rank: Sequence[int], of_node: Sequence[int] | None = None
@@ -117,9 +122,12 @@ class CommStats:
             of_rank: as float32, if all rows had the same bits, and as sent.
             of_node: the same; None if all ranks are on one node.
         """
-        for first, loads in ((Column.PASSES, of_rank), (Column.NODE_PASSES, of_node)):
+        for passes, columns, loads in (
+            (Column.PASSES, RANK_LOADS, of_rank),
+            (Column.NODE_PASSES, NODE_LOADS, of_node),
+        ):
             if loads is not None:
-                self._add(wire, dict(enumerate((1, *loads), first)))
+                self._add(wire, {passes: 1} | dict(zip(columns.values(), loads, strict=True)))
 
     def add_clusters(self, rows: int, centroids: int) -> None:
         """Counts rows that were clustered, and their centroids."""
@@ -157,9 +165,9 @@ class CommStats:
         """Returns all counters since the start, float64 [wires, columns] on the CPU."""
         totals = torch.tensor(list(self._counts.values()), dtype=torch.float64)
         for wire, sums in self._error.items():
-            totals[WIRES.index(wire), Column.SIGNAL : Column.NOISE + 1] = sums.cpu()
+            totals[WIRES.index(wire), [Column.SIGNAL, Column.NOISE]] = sums.cpu()
         if self._residual is not None:
-            columns = slice(Column.CLUSTERED_SQUARE, Column.RESIDUAL_SQUARE + 1)
+            columns = [Column.CLUSTERED_SQUARE, Column.RESIDUAL_SQUARE]
             totals[WIRES.index("dispatch_fwd"), columns] = self._residual.cpu()
         return totals
 
@@ -222,7 +230,7 @@ def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
     columns = totals.sum(dim=0)
     raw, wire = columns[Column.RAW].item(), columns[Column.WIRE].item()
     has_bits = config.enabled and config.moe_a2a_bits
-    rows_of_bits = dict(zip(NUM_BITS, map(int, columns[ROWS_OF_BITS]), strict=True))
+    rows_of_bits = {bits: int(columns[column]) for bits, column in ROWS_OF_BITS.items()}
     coded_rows = sum(rows_of_bits.values())
     row_bits = sum(bits * rows for bits, rows in rows_of_bits.items())
     return {
@@ -231,34 +239,38 @@ def _figures(totals: torch.Tensor, config: CompressionConfig) -> dict[str, Any]:
         "rows_of_bits": {bits: rows for bits, rows in rows_of_bits.items() if rows}
         if coded_rows and has_bits
         else None,
-        "most_loaded_rank": _load(totals, Column.PASSES),
-        "most_loaded_node": _load(totals, Column.NODE_PASSES),
+        "most_loaded_rank": _load(totals, Column.PASSES, RANK_LOADS),
+        "most_loaded_node": _load(totals, Column.NODE_PASSES, NODE_LOADS),
         "lsh": _clusters(columns) if config.moe_a2a_compress == "lsh" else None,
         "wires": _wires(totals),
     }
 
 
-def _load(totals: torch.Tensor, passes: Column) -> dict[str, float] | None:
-    """Returns the loads per pass from [wires, columns], summed over wires; None without any.
+def _load(
+    totals: torch.Tensor, passes: Column, columns: Mapping[str, Column]
+) -> dict[str, float] | None:
+    """Returns the loads per pass, summed over wires; None without any.
 
     Args:
-        totals: see above.
-        passes: the column before those of the loads.
+        totals: [wires, columns].
+        passes: the column of the number of passes.
+        columns: what to report, and its column.
     """
-    num_passes, loads = totals[:, passes : passes + len(LOADS) + 1].split((1, len(LOADS)), dim=1)
-    load = (loads / num_passes.clamp(min=1)).sum(dim=0)
-    return dict(zip(LOADS, load.tolist(), strict=True)) if load.any() else None
+    num_passes = totals[:, passes].clamp(min=1)
+    load = {name: (totals[:, column] / num_passes).sum() for name, column in columns.items()}
+    return {name: value.item() for name, value in load.items()} if any(load.values()) else None
 
 
 def _clusters(columns: torch.Tensor) -> dict[str, float | int | None]:
     """Returns what is reported of clustering, from the sums [columns] over wires."""
-    rows, centroids, square, residual, saved = columns[Column.CLUSTERED_ROWS :].tolist()
+    rows, centroids = columns[Column.CLUSTERED_ROWS].item(), columns[Column.CENTROIDS].item()
+    square, residual = columns[Column.CLUSTERED_SQUARE], columns[Column.RESIDUAL_SQUARE]
     return {
         "rows": int(rows),
         "centroids": int(centroids),
         "rate": centroids / rows if rows else None,
         "residual_norm": math.sqrt(residual / square) if square else None,
-        "expert_flops_saved": saved,
+        "expert_flops_saved": columns[Column.FLOPS_SAVED].item(),
     }
 
 

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -14,6 +12,7 @@ from megatron_moe_comp.compression.random_stream import TrainingStep
 from megatron_moe_comp.mcore.clustering_state import LshState, Measurement
 from megatron_moe_comp.mcore.dispatchers.centroids import LshAlltoAllTokenDispatcher
 from megatron_moe_comp.options.config import CompressionConfig
+from megatron_moe_comp.training.hooks import after_gradients
 
 CheckpointState = list[dict[str, float]]
 """The state of each layer: the same on all ranks, so that any parallel layout can resume it."""
@@ -52,15 +51,8 @@ class LshAdaptation:
         """
         if self._compression.moe_a2a_compress != "lsh" or not self._compression.adapts:
             return
-        transformer = model_config.transformer
         model_config.post_wrap_hooks.append(partial(self.take_charge, num_layers))
-        finalize = transformer.finalize_model_grads_func or finalize_model_grads
-
-        def finalize_and_adapt(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-            finalize(*args, **kwargs)
-            self.adapt()
-
-        transformer.finalize_model_grads_func = finalize_and_adapt
+        after_gradients(model_config.transformer, self.adapt)
 
     def take_charge(self, num_layers: int, models: list[MegatronModule]) -> list[MegatronModule]:
         """Returns `models`, whose layers from now on have the states kept here.

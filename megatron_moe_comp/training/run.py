@@ -20,7 +20,10 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import is_rank0
 
 from megatron_moe_comp.cpu_host import patches, settings
-from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+from megatron_moe_comp.mcore.layer_specs import (
+    use_compressed_moe,
+    use_sequence_parallel_norms,
+)
 from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.training import arguments, checkpoint_start, dry_run
 from megatron_moe_comp.training.auto_method import resolve_auto
@@ -108,7 +111,7 @@ def compressed_training(
 ) -> Iterator[Callable[[ForwardStep], ForwardStep]]:
     """Has the model that is built and trained inside compress its all-to-alls; reports at the end.
 
-    Yields what gives the statistics sight of a `forward_step`, which it returns. An exception
+    Yields a decorator: it wraps `forward_step` so that the statistics see its losses. An exception
     inside ends the process at once.
 
     Args:
@@ -119,6 +122,7 @@ def compressed_training(
     """
     compression, decision = resolve_auto(args, compression)
     use_compressed_moe(model_config, compression, arguments.current_step)
+    use_sequence_parallel_norms(model_config)
     stats = StatsLogger(compression, arguments.current_step, args, decision)
     stats.attach(model_config, layer_names)
     LshAdaptation(

@@ -10,7 +10,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.module import MegatronModule
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.utils import is_rank0
@@ -26,6 +25,7 @@ from megatron_moe_comp.options.config import CompressionConfig
 from megatron_moe_comp.stats.comm_stats import Column, summarize
 from megatron_moe_comp.stats.phase_times import PHASES
 from megatron_moe_comp.stats.text import MEGABYTE, describe, interval_line, print_summary
+from megatron_moe_comp.training.hooks import after_gradients
 from megatron_moe_comp.training.log_outputs import (
     require_writable,
     write_file,
@@ -108,7 +108,7 @@ class StatsLogger:
                     require_writable(f"--moe-a2a-stats-{kind}", path)
         self._layer_names = layer_names
         model_config.post_wrap_hooks.append(self._collect_layers)
-        model_config.transformer.finalize_model_grads_func = self._finalize_model_grads
+        after_gradients(model_config.transformer, self._end_iteration)
 
     def watched(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a forward step whose "lm loss", of training, is in the records."""
@@ -139,13 +139,8 @@ class StatsLogger:
         self._layers = [m for m in modules if isinstance(m, CompressedMoELayer) and m.stats]
         return models
 
-    def _finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Megatron's own, then the record of the interval.
-
-        Every rank comes here once per iteration with no pipeline message pending, so summing over
-        ranks cannot deadlock.
-        """
-        finalize_model_grads(*args, **kwargs)
+    def _end_iteration(self) -> None:
+        """Writes the record of the interval, if one ends here."""
         self._iteration = self._step().iteration + 1
         self._timed_iterations += self._is_timed
         if self._clock is None:

@@ -13,7 +13,11 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import default_layer_spec
 
-from megatron_moe_comp.mcore.layer_specs import compressed_layer_spec, sequence_parallel_norm
+from megatron_moe_comp.mcore.layer_specs import (
+    compressed_layer_spec,
+    sequence_parallel_norm,
+    use_sequence_parallel_norms,
+)
 
 provider = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
 GROUPED = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
@@ -51,8 +55,11 @@ def specs(implementation, **options):
         **options,
     )
     model = SimpleNamespace(transformer=config, restore_modelopt_state=False)
-    theirs = default_layer_spec(model, None)
-    return theirs, compressed_layer_spec(model, base=default_layer_spec, layer=layer)
+    model.transformer_layer_spec = partial(
+        compressed_layer_spec, base=default_layer_spec, layer=layer
+    )
+    use_sequence_parallel_norms(model)
+    return default_layer_spec(model, None), model.transformer_layer_spec(model)
 
 
 def leaves(spec, path=""):
@@ -96,8 +103,19 @@ def test_of_transformer_engine_only_the_moe_layers_are_replaced(transformer_engi
     assert (built.linear_fc1, built.linear_fc2) == tuple(getattr(provider, n) for n in linear)
 
 
-def test_of_the_local_ones_the_norms_are_replaced_too():
-    changed = replaced(*specs("local"))
+def test_of_the_local_ones_only_the_moe_layers_are_replaced():
+    assert replaced(*specs("local")) == MOE
+
+
+def test_sequence_parallelism_replaces_the_norms_too():
+    changed = replaced(
+        *specs(
+            "local",
+            sequence_parallel=True,
+            tensor_model_parallel_size=2,
+            use_cpu_initialization=True,
+        )
+    )
     norms = {path: pair for path, pair in changed.items() if path not in MOE}
     assert changed == MOE | norms
     assert set(norms.values()) == {(WrappedTorchNorm, sequence_parallel_norm)}

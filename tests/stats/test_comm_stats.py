@@ -1,13 +1,24 @@
 import json
 import math
+import re
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from megatron_moe_comp.compression.wires import WIRES
 from megatron_moe_comp.options.config import CompressionConfig
+from megatron_moe_comp.stats import comm_stats
 from megatron_moe_comp.stats.comm_stats import Column, CommStats, sqnr_db, summarize
 
+CLUSTERING = [
+    Column.CLUSTERED_ROWS,
+    Column.CENTROIDS,
+    Column.CLUSTERED_SQUARE,
+    Column.RESIDUAL_SQUARE,
+    Column.FLOPS_SAVED,
+]
 BIRDMOE = CompressionConfig(moe_a2a_compress="birdmoe", moe_a2a_bits=4)
 
 
@@ -84,8 +95,8 @@ def test_clusters_are_counted_with_the_first_wire():
 
 def test_summary_of_clusters():
     totals = torch.zeros(3, len(WIRES), len(Column), dtype=torch.float64)
-    totals[0, 0, Column.CLUSTERED_ROWS :] = torch.tensor([100.0, 20, 16, 4, 1e9])
-    totals[1, 0, Column.CLUSTERED_ROWS :] = torch.tensor([300.0, 60, 0, 0, 0])
+    totals[0, 0, CLUSTERING] = torch.tensor([100.0, 20, 16, 4, 1e9], dtype=torch.float64)
+    totals[1, 0, CLUSTERING] = torch.tensor([300.0, 60, 0, 0, 0], dtype=torch.float64)
     report = summarize(totals, {1: "a", 2: "b", 3: "c"}, CompressionConfig(moe_a2a_compress="lsh"))
     overall = {
         "rows": 400,
@@ -175,3 +186,34 @@ def test_nothing_sent():
 @pytest.mark.parametrize(("signal", "noise"), [(0, 1), (1, 0), (math.nan, 1), (1, math.nan)])
 def test_no_ratio_without_signal_and_noise(signal, noise):
     assert sqnr_db(signal, noise) is None
+
+
+def with_other_columns():
+    """The module with its columns in reverse order, and one more at either end."""
+    number = len(Column)
+    text = Path(comm_stats.__file__).read_text()
+    text = re.sub(r"(?m)^(    [A-Z_0-9]+ = )(\d+)$", lambda m: f"{m[1]}{number - int(m[2])}", text)
+    text = text.replace(
+        "class Column(IntEnum):", f"class Column(IntEnum):\n    A = 0\n    Z = {number + 1}"
+    )
+    module = ModuleType("other_comm_stats")
+    exec(text, module.__dict__)
+    return module
+
+
+def test_the_order_of_columns_does_not_matter():
+    reports = []
+    for module in (comm_stats, with_other_columns()):
+        stats = module.CommStats()
+        stats.flops_per_row = 10
+        x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+        stats.add_bytes("combine_fwd", 1000, 100)
+        stats.add_rows("combine_fwd", 7, 5, [(3, 4), (1, 8)])
+        stats.add_load("combine_fwd", (1000, 200, 100), (1, 2, 3))
+        stats.add_error("combine_fwd", x, x + 1)
+        stats.add_clusters(100, 20)
+        stats.add_residual(x, x / 2)
+        config = CompressionConfig(moe_a2a_compress="lsh", moe_a2a_codec="rq")
+        reports.append(module.summarize(stats.totals()[None], {1: "a"}, config))
+    assert reports[0] == reports[1]
+    assert reports[0]["lsh"]["rate"] == 0.2

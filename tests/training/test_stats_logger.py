@@ -16,7 +16,7 @@ from megatron_moe_comp.stats import phase_times
 from megatron_moe_comp.stats.comm_stats import CommStats
 from megatron_moe_comp.stats.phase_times import PHASES
 from megatron_moe_comp.stats.text import describe
-from megatron_moe_comp.training import log_outputs, stats_logger
+from megatron_moe_comp.training import hooks, log_outputs, stats_logger
 from megatron_moe_comp.training.stats_logger import PANELS, StatsLogger, scalars_of
 
 
@@ -43,7 +43,7 @@ def logger(monkeypatch, tmp_path):
     monkeypatch.setattr(stats_logger.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(stats_logger, "sum_over_ranks", lambda values: values)
     monkeypatch.setattr(stats_logger, "is_rank0", lambda: True)
-    monkeypatch.setattr(stats_logger, "finalize_model_grads", lambda *args: None)
+    monkeypatch.setattr(hooks, "finalize_model_grads", lambda *args: None)
     monkeypatch.setattr(log_outputs, "get_tensorboard_writer", lambda: writer)
     monkeypatch.setattr(log_outputs, "get_wandb_writer", lambda: None)
     config = CompressionConfig(
