@@ -108,14 +108,8 @@ def test_of_the_local_ones_only_the_moe_layers_are_replaced():
 
 
 def test_sequence_parallelism_replaces_the_norms_too():
-    changed = replaced(
-        *specs(
-            "local",
-            sequence_parallel=True,
-            tensor_model_parallel_size=2,
-            use_cpu_initialization=True,
-        )
-    )
+    parallel = {"sequence_parallel": True, "tensor_model_parallel_size": 2}
+    changed = replaced(*specs("local", add_bias_linear=False, **parallel))
     norms = {path: pair for path, pair in changed.items() if path not in MOE}
     assert changed == MOE | norms
     assert set(norms.values()) == {(WrappedTorchNorm, sequence_parallel_norm)}

@@ -87,9 +87,8 @@ def recompute_repeats(rank, options):
     layers = [lsh(config, **options) for config in (make_config(), recomputing)]
     results = [run(layer, rank=rank) for layer in layers]
     measured = [layer.token_dispatcher.take_measurement() for layer in layers]
-    figures = [
-        layer.stats.totals()[:, [c for c in Column if c.name in CLUSTERING]] for layer in layers
-    ]
+    columns = [column for column in Column if column.name in CLUSTERING]
+    figures = [layer.stats.totals()[:, columns] for layer in layers]
     assert_same_bits(*results)
     assert torch.equal(*measured)
     assert torch.equal(*figures)

@@ -193,9 +193,8 @@ def with_other_columns():
     number = len(Column)
     text = Path(comm_stats.__file__).read_text()
     text = re.sub(r"(?m)^(    [A-Z_0-9]+ = )(\d+)$", lambda m: f"{m[1]}{number - int(m[2])}", text)
-    text = text.replace(
-        "class Column(IntEnum):", f"class Column(IntEnum):\n    A = 0\n    Z = {number + 1}"
-    )
+    head = "class Column(IntEnum):"
+    text = text.replace(head, f"{head}\n    A = 0\n    Z = {number + 1}")
     module = ModuleType("other_comm_stats")
     exec(text, module.__dict__)
     return module
