@@ -129,7 +129,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(num_tokens: int, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Result]:
-    """Yields the results of every case on one batch, measured in turns."""
+    """Yields the results of every case on one batch, timed alternately."""
     batch = make_batch(num_tokens, options.hidden, dtype, options.device)
     num_rows = batch.groups.total
     cases = list(make_cases(batch, options))

@@ -1,8 +1,8 @@
 """exchange(): the bytes of one all-to-all, under way.
 
-On gloo as receives and sends: a rank of gloo's own all-to-all asks for its bytes behind those that
-it sends, on one connection. Unless two ranks come to it at the same moment, one sends only when the
-other has finished, and a link is used one way at a time.
+On gloo the exchange posts all receives first, then the sends. In gloo's own all-to-all a rank's
+receive request queues behind its own send, so the link works in one direction at a time unless two
+ranks start at the same moment.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def exchange(
 def _receives_then_sends(
     incoming: tuple[torch.Tensor, ...], outgoing: tuple[torch.Tensor, ...], group: dist.ProcessGroup
 ) -> tuple[dist.Work, ...]:
-    """Starts what is not empty, each rank with another peer first so that all links are used."""
+    """Posts receives, then sends, of peers with bytes; each rank starts with its next neighbour."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sources = [peer % size for peer in range(rank - 1, rank - size, -1)]
     targets = [peer % size for peer in range(rank + 1, rank + size)]

@@ -221,14 +221,14 @@ def allocate_bits(
     target_bits * (all rows). A node that `min_bits` overdraw gets no more than them on any link.
 
      1. Every link gets what both its nodes could afford on all of theirs.
-     2. Links of min_bits get a bit more where the budgets allow, then those of min_bits + 1, and so
-        on: a bit saves at least four times as much as the next one, and costs others' bits at two
-        nodes at most. Among links of as many bits, those come first for which n times the squares
-        of the shares of its rows that either node can raise is highest: large links leave gaps that
-        small ones fill, and what a node saves on a scarce one would be lost.
-     3. Up to `EXCHANGE_RANKS` ranks, one pass over the links: give one a bit more, take what this
-        overdraws from the links that lose least by it, spend what is left over, and keep all that
-        if the variance falls.
+     2. Level by level from min_bits upwards, links of that level get one more bit where the budgets
+        allow it. A bit saves at least four times as much as the next one, so low levels come first.
+        Within a level the order is by n * a^2 * b^2, highest first. n is the link's number of rows;
+        a and b are the shares of their rows that its sender and its receiver can raise. Large links
+        first, because small ones fill the gaps that they leave.
+     3. With at most `EXCHANGE_RANKS` ranks, one pass over the links. It gives a link one more bit,
+        takes the missing bytes from the links that lose least, and spends what is left over. The
+        change is kept if the variance falls.
 
     Only integers are used, so that all machines agree. For example, with 4 bits out of 2 to 8, if
     the first rank receives twice the mean, all ranks send and receive 128 in the end:

@@ -33,7 +33,7 @@ def _check(name: str, rows: torch.Tensor, order: torch.Tensor, offsets: torch.Te
     """Raises ValueError unless the tensors have the right form.
 
     Args:
-        name: "rows", of which `order` has one each, or "values", of which clusters have one each.
+        name: "rows": `order` holds one entry per row; "values": one entry per cluster.
         rows: the tensor of that name.
         order: see `cluster_sum`.
         offsets: see `cluster_sum`.

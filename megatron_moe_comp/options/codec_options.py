@@ -131,7 +131,10 @@ class CodecOptions:
         return method
 
     def _name(self, coding: Coding, backward: bool) -> str:
-        """Returns the options that chose one direction's codec; of birdmoe's own, which it is."""
+        """Returns the options that chose one direction's codec.
+
+        For birdmoe without --moe-a2a-codec, also names the codec it chose.
+        """
         if backward and self.moe_a2a_backward_codec is not None:
             return f"--moe-a2a-backward-codec={self.moe_a2a_backward_codec}"
         if self._is_birdmoes_own and coding.codec != "rq":

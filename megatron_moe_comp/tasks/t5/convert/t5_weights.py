@@ -108,7 +108,7 @@ def _scaled(config: T5Config, query: torch.Tensor) -> torch.Tensor:
 
 
 def _interleave_heads(config: T5Config, *weights_AD_H: torch.Tensor) -> torch.Tensor:
-    """Returns the weights as one whose rows are, head by head, those of each weight."""
+    """Returns the weights interleaved by head: for each head its q rows, k rows, v rows."""
     weights_A_D_H = [w.view(config.num_heads, config.d_kv, config.d_model) for w in weights_AD_H]
     return torch.cat(weights_A_D_H, dim=1).flatten(0, 1)
 
