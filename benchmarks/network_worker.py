@@ -42,8 +42,8 @@ def main() -> None:
     """Trains as pretrain_gpt_moe.py does, and measures what the plan says."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     sys.argv = ["pretrain_gpt_moe.py", *sys.argv[2:]]
-    entry = pretrain_gpt_moe.entry
-    entry.train = partial(_train, plan, entry.train)
+    run = pretrain_gpt_moe.run
+    run.train = partial(_train, plan, run.train)
     pretrain_gpt_moe.main()
 
 

@@ -80,4 +80,4 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path):
 def test_an_unknown_codec_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--codecs zip")
-    assert "not one of identity, bf16" in capsys.readouterr().err
+    assert "not one of identity, rq" in capsys.readouterr().err
