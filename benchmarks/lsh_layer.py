@@ -137,7 +137,7 @@ def at_rate(config: CompressionConfig, hash_: LshHash, batch: Batch) -> tuple[in
         number = state.num_coordinates
         if number not in tried:
             tried[number] = make_clusters(config, hash_, number, batch)
-        seen = Measurement(batch.groups.total, len(tried[number]), 0.0, 0.0)
+        seen = Measurement(batch.groups.total, len(tried[number]))
         state.update(seen, iteration, config)
     target = config.moe_lsh_target_rate * batch.groups.total
     return min(tried.items(), key=lambda item: abs(len(item[1]) - target))
