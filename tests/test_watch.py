@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_moe_comp import watch
 from megatron_moe_comp.compression.wires import WIRES
-from megatron_moe_comp.stats.comm_stats import LOADS
+from megatron_moe_comp.stats.comm_stats import RANK_LOADS
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -29,7 +29,7 @@ def record(iteration, loss=4.0, **changes):
         "phase_seconds": {"encode": 0.1, "transfer": 0.75, "decode": 0.0, "experts": 0.3},
         "mean_bits": 5.5,
         "rows_of_bits": {"5": 10, "6": 30},
-        "most_loaded_rank": dict(zip(LOADS, (4000.0, 2000.0, 1000.0), strict=True)),
+        "most_loaded_rank": dict(zip(RANK_LOADS, (4000.0, 2000.0, 1000.0), strict=True)),
         "most_loaded_node": None,
         "lsh": {"rows": 40, "rate": 0.2},
         "wires": dict.fromkeys(WIRES, wire),

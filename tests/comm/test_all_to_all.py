@@ -18,7 +18,7 @@ from megatron_moe_comp.compression.codecs.rq import RandomQuantization
 from megatron_moe_comp.compression.packet import Packet, Peer
 from megatron_moe_comp.compression.random_stream import RandomStream
 from megatron_moe_comp.compression.wires import WIRES
-from megatron_moe_comp.stats.comm_stats import NUM_BITS, ROWS_OF_BITS, Column, CommStats
+from megatron_moe_comp.stats.comm_stats import ROWS_OF_BITS, Column, CommStats
 from tests.compression.variants import usual_bits
 from tests.gloo import watched_all_to_alls
 
@@ -141,7 +141,7 @@ def roundtrip(rank, load, codec_name, num_bits, dtype, wires, with_probs, pieces
 
 
 def rows_of_bits(counters):
-    counted = zip(NUM_BITS, counters[ROWS_OF_BITS].tolist(), strict=True)
+    counted = ((bits, counters[column].item()) for bits, column in ROWS_OF_BITS.items())
     return {bits: rows for bits, rows in counted if rows}
 
 

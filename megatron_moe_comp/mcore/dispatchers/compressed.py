@@ -225,7 +225,7 @@ class CompressedAlltoAllTokenDispatcher(CountedAlltoAllTokenDispatcher):
         return self._exchange(rows, probs, masks, routes, ("dispatch_fwd", "dispatch_bwd"))
 
     def _start_dispatch(self) -> tuple[Route, Route]:
-        """Returns the forward and the backward Route of this pass, and keeps its state for combine."""
+        """Returns the forward and the backward Route of this pass; keeps its state for combine."""
         assert self._forward_pass is not None, "start_pass() comes before token_dispatch()"
         links = self._links()
         routes = links.routes(self.ep_group, self.ep_rank, self.plain_links)
