@@ -45,7 +45,10 @@ def make_config(layout, changes):
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+    from megatron_moe_comp.mcore.layer_specs import (
+        use_compressed_moe,
+        use_sequence_parallel_norms,
+    )
     from megatron_moe_comp.options.config import CompressionConfig
     from megatron_moe_comp.tasks.t5.model import T5ModelConfig, t5_layer_specs
 
@@ -85,6 +88,7 @@ def make_config(layout, changes):
     else:
         config = GPTModelConfig(transformer=transformer, **of_model)
     use_compressed_moe(config, CompressionConfig(moe_a2a_compress="none"), lambda: None)
+    use_sequence_parallel_norms(config)
     return config
 
 

@@ -61,7 +61,10 @@ def train(rank, layout, options):
     from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
     from megatron_moe_comp.compression.random_stream import TrainingStep
-    from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+    from megatron_moe_comp.mcore.layer_specs import (
+        use_compressed_moe,
+        use_sequence_parallel_norms,
+    )
     from megatron_moe_comp.options.config import CompressionConfig
     from megatron_moe_comp.training.clustering_adaptation import LshAdaptation
 
@@ -75,6 +78,7 @@ def train(rank, layout, options):
         return TrainingStep(len(norms), MICROBATCHES)
 
     use_compressed_moe(model_config, compression, step)
+    use_sequence_parallel_norms(model_config)
     LshAdaptation(compression, step, lambda: None, lambda _: None).attach(
         model_config, model_config.transformer.num_layers
     )

@@ -19,7 +19,10 @@ def model_config(compression=None, num_decoder_layers=2, **changes):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_moe_comp.compression.random_stream import TrainingStep
-    from megatron_moe_comp.mcore.layer_specs import use_compressed_moe
+    from megatron_moe_comp.mcore.layer_specs import (
+        use_compressed_moe,
+        use_sequence_parallel_norms,
+    )
     from megatron_moe_comp.tasks.t5.model import T5ModelConfig, t5_layer_specs
 
     decoder = TransformerConfig(
@@ -58,6 +61,7 @@ def model_config(compression=None, num_decoder_layers=2, **changes):
         transformer_layer_spec=t5_layer_specs,
     )
     use_compressed_moe(config, compression or CompressionConfig(), lambda: TrainingStep(0, 1))
+    use_sequence_parallel_norms(config)
     return config
 
 
