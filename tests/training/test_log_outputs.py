@@ -2,6 +2,9 @@
 
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -65,16 +68,25 @@ def records_of(log):
             data = b""
 
 
-def test_wandb_offline(only, tmp_path, monkeypatch):
-    """The file of an offline run, which `wandb sync` would send, holds all of it."""
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = wandb.init(project="test", dir=tmp_path, mode="offline")
-    only(wandb=wandb)
+def write_offline(directory):
+    import wandb
+
+    run = wandb.init(project="test", dir=directory, mode="offline")
+    log_outputs.get_tensorboard_writer = lambda: None
+    log_outputs.get_wandb_writer = lambda: wandb
     log_outputs.write_scalars({"moe-a2a/wire-MB": 1.5}, 7)
     log_outputs.write_histogram("moe-a2a/bits", COUNTS, 7)
     log_outputs.write_panels("all-to-all", {"bytes": ["moe-a2a/.*-MB"]})
     run.finish()
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    """The file of an offline run, which `wandb sync` would send, holds all of it."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    # A process of its own, as a training is: wandb shares its service among all runs of a process.
+    code = f"from tests.training.test_log_outputs import write_offline as w; w({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for record in records_of(path.read_bytes()):
